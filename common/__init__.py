@@ -1,0 +1,1 @@
+"""What the kernels share: arguments, masks, merging, launches, hardware, references. Imports nothing else of ours."""

@@ -1,0 +1,149 @@
+"""The lineage: what a version is, where versions are found, and what runs where."""
+
+import ast
+import functools
+import hashlib
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import triton
+
+from common.hardware import GPU
+
+FAMILIES = ("prefill", "decoding")
+
+
+def triton_version() -> tuple[int, int]:
+    """(3, 7) for triton 3.7.1."""
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+@dataclass(frozen=True)
+class Requires:
+    """What a version needs. Capabilities are CUDA compute capabilities; exactly=True means that architecture alone."""
+
+    capability: tuple[int, int] = (8, 0)
+    exactly: bool = False
+    fp8_capability: tuple[int, int] = (8, 9)
+    triton: tuple[int, int] = (3, 6)
+    amd: bool = True  # plain Triton also compiles for AMD
+    interpreter: bool = True
+
+
+@dataclass(frozen=True)
+class Version:
+    """One file of the lineage. `call` follows the family's contract; `tiles(problem)` is the choice of tiles it makes."""
+
+    family: str
+    number: int
+    title: str
+    idea: str
+    parent: int | None
+    requires: Requires
+    call: Callable
+    kernels: tuple
+    tiles: Callable
+    fp8: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"v{self.number}"
+
+    @property
+    def label(self) -> str:
+        return f"v{self.number} {self.title}"
+
+    @property
+    def path(self) -> pathlib.Path:
+        return pathlib.Path(inspect.getsourcefile(self.call))
+
+    @property
+    def header(self) -> dict[str, str]:
+        """The paragraphs of the module docstring that start with Idea, Changed, Expect and Limits."""
+        text = inspect.getdoc(sys.modules[self.call.__module__]) or ""
+        parts = re.split(r"^(Idea|Changed|Expect|Limits)[^:\n]*:", text, flags=re.MULTILINE)
+        return {name: " ".join(body.split()) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+
+    @functools.cached_property
+    def source_hash(self) -> str:
+        """12 hex digits over this file and every jit function that its kernels reach, comments and docstrings left out."""
+        trees = [_normalised(self.path.read_text())]
+        trees += [_normalised(source) for source in _reachable_sources(self.kernels)]
+        return hashlib.sha256("\n".join(trees).encode()).hexdigest()[:12]
+
+    def why_not(self, gpu: GPU, dtype: str = "fp16") -> str | None:
+        """One line on why this version cannot run on `gpu` with `dtype`; None where it can."""
+        need, is_fp8 = self.requires, dtype in ("e4m3", "e5m2")
+        if triton_version() < need.triton:
+            return f"needs triton {'.'.join(map(str, need.triton))} or later, this is {triton.__version__}"
+        if is_fp8 and not self.fp8:
+            return "has no FP8 path"
+        if gpu.backend == "interpreter":
+            return None if need.interpreter else "cannot run in Triton's interpreter"
+        if gpu.backend == "hip":
+            if not need.amd:
+                return f"needs an NVIDIA GPU, this is {gpu.name}"
+            return "FP8 needs an NVIDIA GPU (e4m3 of this AMD GPU is another format)" if is_fp8 else None
+        least = max(need.capability, need.fp8_capability) if is_fp8 else need.capability
+        found = "{}.{}".format(*gpu.capability)
+        if need.exactly and gpu.capability != need.capability:
+            return "needs compute capability {}.{}, this is {}".format(*need.capability, found)
+        if gpu.capability < least:
+            return "{}needs compute capability {}.{}, this is {}".format("FP8 " if is_fp8 else "", *least, found)
+        return None
+
+
+def _normalised(source: str) -> str:
+    tree = ast.parse(inspect.cleandoc("\n" + source) if source.startswith((" ", "\t")) else source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.dump(tree)
+
+
+def _reachable_sources(kernels: tuple) -> list[str]:
+    """Sources of the jit functions outside the kernels' own files that the kernels call, directly or not."""
+    own = {kernel.fn.__module__ for kernel in kernels}
+    seen, todo = {}, list(kernels)
+    while todo:
+        function = todo.pop().fn
+        key = (function.__module__, function.__qualname__)
+        if key in seen:
+            continue
+        seen[key] = inspect.getsource(function)
+        names = {node.id for node in ast.walk(ast.parse(inspect.cleandoc(seen[key]))) if isinstance(node, ast.Name)}
+        found = (function.__globals__.get(name) for name in sorted(names))
+        todo += [f for f in found if hasattr(f, "fn") and f.fn.__module__.split(".")[0] != "triton"]
+    return [seen[key] for key in sorted(seen) if key[0] not in own]
+
+
+@functools.cache
+def versions_of(family: str) -> tuple[Version, ...]:
+    """All versions of a family ("prefill", "decoding"), oldest first: every file FAMILY/*_vN.py with a VERSION."""
+    if family not in FAMILIES:
+        raise ValueError(f"family {family!r} does not exist; there are {', '.join(FAMILIES)}")
+    package = importlib.import_module(family)
+    names = [name for _, name, _ in pkgutil.iter_modules(package.__path__) if re.search(r"_v\d+$", name)]
+    versions = [importlib.import_module(f"{family}.{name}").VERSION for name in names]
+    return tuple(sorted(versions, key=lambda version: version.number))
+
+
+def find_version(family: str, name: str | int) -> Version:
+    """The version called "v2" (or "2", or 2). ValueError names the versions that exist."""
+    versions = versions_of(family)
+    for version in versions:
+        if str(name).removeprefix("v") == str(version.number):
+            return version
+    raise ValueError(f"version {name!r} of {family} does not exist; there are {', '.join(v.name for v in versions)}")
+
+
+def parent_of(version: Version) -> Version | None:
+    """The version that this one changes, or None for the first."""
+    return None if version.parent is None else find_version(version.family, version.parent)

@@ -1,0 +1,258 @@
+"""The arguments of one attention call, checked and normalised. The only place that rejects anything."""
+
+import math
+import weakref
+
+import torch
+
+from common.hardware import detect_gpu, interpreting, pretending
+
+HALF = (torch.float16, torch.bfloat16)
+FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+FP8_CAPABILITY = (8, 9)
+MAX_HEAD_DIM = 256
+MAX_SEQLEN = 2**30  # positions, and position + block, stay inside int32
+
+
+class AttentionProblem:
+    """One attention call, as the kernels want it. Built by `prefill` or `decoding`.
+
+    q [batch, heads_q, seqlen_q, head_dim], k and v [batch, heads_kv, seqlen_k, head_dim], last dimension contiguous;
+    out like q; lse float32 [batch, heads_q, seqlen_q] or None. seqlens_q, seqlens_k int32 [batch] or None.
+    window_left, window_right: how many keys before and after its own a row sees, None for no bound; causal is
+    window_right = 0. Row i sits at key i + len_k - len_q. descales: float32 ([batch, heads_q], [batch, heads_kv] x 2)
+    for float8 tensors, else None.
+    """
+
+    __slots__ = (
+        "batch", "descales", "head_dim", "heads_kv", "heads_q", "k", "lse", "out", "q", "rank3", "return_lse", "scale",
+        "seqlen_k", "seqlen_q", "seqlens_k", "seqlens_q", "v", "window_left", "window_right",
+    )  # fmt: skip
+
+    @classmethod
+    def prefill(
+        cls, q, k, v, *, is_causal=False, scale=None, window=None, seqlens_q=None, seqlens_k=None, return_lse=False,
+        out=None, use_fp8=False, fp8_dtype="e4m3", descales=None,
+    ):  # fmt: skip
+        """Check a prefill call; q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D], or [S, H, D] each, one sequence.
+
+        Raises TypeError or ValueError, naming the argument, what it was and what would do.
+        """
+        self = cls()
+        self._take_tensors(q, k, v, use_fp8, fp8_dtype)
+        self.scale = _checked_scale(scale, self.head_dim)
+        self.window_left, self.window_right = self._checked_window(window, is_causal)
+        self.seqlens_q = self._checked_lengths("seqlens_q", seqlens_q, self.seqlen_q)
+        self.seqlens_k = self._checked_lengths("seqlens_k", seqlens_k, self.seqlen_k)
+        self.descales = self._checked_descales(descales)
+        self._take_outputs(out, return_lse)
+        return self
+
+    @classmethod
+    def decoding(cls, q, k, v, *, scale=None, seqlens_k=None, return_lse=False, out=None):
+        """Check a decoding step; q [B, Hq, 1, D], k and v [B, Hkv, Sk, D].
+
+        Raises TypeError or ValueError, naming the argument, what it was and what would do.
+        """
+        self = cls()
+        self._take_tensors(q, k, v, use_fp8=False, fp8_dtype=None, ranks=(4,))
+        if self.seqlen_q != 1:
+            raise ValueError(f"q: decoding takes one query a sequence, [B, Hq, 1, D]; it has {self.seqlen_q} (use prefill)")
+        self.scale = _checked_scale(scale, self.head_dim)
+        self.window_left = self.window_right = self.seqlens_q = self.descales = None
+        self.seqlens_k = self._checked_lengths("seqlens_k", seqlens_k, self.seqlen_k)
+        self._take_outputs(out, return_lse)
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the kernel reads: float8 once quantised."""
+        return self.q.dtype
+
+    @property
+    def fp8(self) -> bool:
+        return self.q.dtype.itemsize == 1
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.heads_q // self.heads_kv
+
+    def result(self):
+        """What the caller gets: out, or (out, lse); [S, H, D] and [H, S] where the call had three dimensions."""
+        out = self.out[0].transpose(0, 1) if self.rank3 else self.out
+        if not self.return_lse:
+            return out
+        return out, (self.lse[0] if self.rank3 else self.lse)
+
+    # ---- checks, in the order of the arguments
+
+    def _take_tensors(self, q, k, v, use_fp8, fp8_dtype, ranks=(3, 4)):
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if not isinstance(x, torch.Tensor):
+                raise TypeError(f"{name}: must be a torch.Tensor, it is {type(x).__name__}")
+            if x.ndim not in ranks:
+                forms = "[B, H, S, D]" + (" or [S, H, D]" if 3 in ranks else "")
+                raise ValueError(f"{name}: must be {forms}, it has shape {list(x.shape)}")
+            if x.ndim != q.ndim:
+                raise ValueError(f"{name}: has {x.ndim} dimensions and q has {q.ndim}; all three must have the same")
+            if x.dtype != q.dtype:
+                raise TypeError(f"{name}: is {x.dtype} and q is {q.dtype}; q, k and v must have one dtype")
+            if x.device != q.device:
+                raise ValueError(f"{name}: is on {x.device} and q is on {q.device}; q, k and v must be on one device")
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            raise ValueError("q, k, v: one requires grad, and there is no backward; detach() them or use torch.no_grad()")
+        self._check_dtype(q.dtype, use_fp8, fp8_dtype)
+        _check_device(q.device)
+        self.rank3 = q.ndim == 3
+        if self.rank3:
+            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        self.batch, self.heads_q, self.seqlen_q, self.head_dim = q.shape
+        _, self.heads_kv, self.seqlen_k, _ = k.shape
+        self._check_shapes(q, k, v)
+        self.q, self.k = last_contiguous(q), last_contiguous(k)
+        # float8 values are wanted the other way round, keys contiguous: quantize.py sees to that
+        self.v = v if v.dtype.itemsize == 1 else last_contiguous(v)
+
+    def _check_dtype(self, dtype, use_fp8, fp8_dtype):
+        if not use_fp8:
+            if dtype not in HALF and dtype is not torch.float32:
+                hint = "; float8 tensors need use_fp8=True, in a version that has it" if dtype.itemsize == 1 else ""
+                raise TypeError(f"q: must be float16, bfloat16 or float32, it is {dtype}{hint}")
+            return
+        if fp8_dtype not in FP8:
+            raise ValueError(f"fp8_dtype: must be 'e4m3' or 'e5m2', it is {fp8_dtype!r}")
+        if dtype not in HALF and dtype is not FP8[fp8_dtype]:
+            raise TypeError(f"q: with use_fp8 must be float16, bfloat16 or {FP8[fp8_dtype]}, it is {dtype}")
+        gpu = detect_gpu()
+        if gpu.backend == "hip" or gpu.capability < FP8_CAPABILITY:
+            raise ValueError(f"use_fp8: needs an NVIDIA GPU of compute capability 8.9, this is {gpu.name} ({gpu.arch})")
+
+    def _check_shapes(self, q, k, v):
+        if k.shape != v.shape:
+            raise ValueError(f"v: has shape {list(v.shape)} and k has {list(k.shape)}; they must be equal")
+        if k.shape[0] != self.batch:
+            raise ValueError(f"k: has batch {k.shape[0]} and q has {self.batch}; they must be equal")
+        if k.shape[3] != self.head_dim:
+            raise ValueError(f"k: has head_dim {k.shape[3]} and q has {self.head_dim}; they must be equal")
+        if not 1 <= self.head_dim <= MAX_HEAD_DIM:
+            raise ValueError(f"q: head_dim must be 1 to {MAX_HEAD_DIM}, it is {self.head_dim}")
+        if self.heads_q != self.heads_kv and (self.heads_kv == 0 or self.heads_q % self.heads_kv):
+            raise ValueError(f"q: has {self.heads_q} heads, which must be a multiple of k's {self.heads_kv}")
+        if max(self.seqlen_q, self.seqlen_k) > MAX_SEQLEN:
+            raise ValueError(f"q, k: at most {MAX_SEQLEN} positions, here {self.seqlen_q} and {self.seqlen_k}")
+
+    def _checked_window(self, window, is_causal):
+        if not isinstance(is_causal, bool):
+            raise TypeError(f"is_causal: must be True or False, it is {is_causal!r}")
+        if window is None:
+            return None, (0 if is_causal else None)
+        if not isinstance(window, tuple | list) or len(window) != 2:
+            raise TypeError(f"window: must be a pair (left, right), it is {window!r}")
+        for side in window:
+            if side is not None and (not isinstance(side, int) or isinstance(side, bool) or side < 0):
+                raise ValueError(f"window: sides are counts of keys, or None for no bound; it is {window!r}")
+        reach = self.seqlen_q + self.seqlen_k  # a side this long reaches everything
+        left, right = (None if side is None or side >= reach else side for side in window)
+        return left, (0 if is_causal else right)
+
+    def _checked_lengths(self, name, lengths, longest):
+        if lengths is None:
+            return None
+        if not isinstance(lengths, torch.Tensor):
+            raise TypeError(f"{name}: must be an int32 tensor [{self.batch}], it is {type(lengths).__name__}")
+        if lengths.dtype != torch.int32:
+            raise TypeError(f"{name}: must be int32, it is {lengths.dtype}")
+        if lengths.shape != (self.batch,):
+            raise ValueError(f"{name}: must have shape [{self.batch}] (one length a sequence), it has {list(lengths.shape)}")
+        if lengths.device != self.q.device:
+            raise ValueError(f"{name}: is on {lengths.device} and q is on {self.q.device}; they must be on one device")
+        lengths = lengths.contiguous()
+        _check_range(name, lengths, longest)
+        return lengths
+
+    def _checked_descales(self, descales):
+        """Float32 [batch, heads] for each of q, k, v; a number or one element serves all heads. Default 1."""
+        if not self.fp8:
+            if descales is not None and any(d is not None for d in descales):
+                raise ValueError("descale_q, descale_k, descale_v: belong to float8 tensors; 16-bit ones get theirs here")
+            return None
+        heads = (self.heads_q, self.heads_kv, self.heads_kv)
+        checked = []
+        for name, descale, h in zip(("descale_q", "descale_k", "descale_v"), descales or (None,) * 3, heads, strict=True):
+            if not isinstance(descale, torch.Tensor):
+                if not isinstance(descale, int | float | None):
+                    raise TypeError(f"{name}: must be a number or a tensor, it is {type(descale).__name__}")
+                value = 1.0 if descale is None else float(descale)
+                checked.append(torch.full((self.batch, h), value, dtype=torch.float32, device=self.q.device))
+                continue
+            if descale.numel() != 1 and descale.shape not in ((h,), (self.batch, h)):
+                raise ValueError(f"{name}: must have one element, or shape [{h}] or [{self.batch}, {h}], it has {list(descale.shape)}")
+            if descale.device != self.q.device:
+                raise ValueError(f"{name}: is on {descale.device} and q is on {self.q.device}; they must be on one device")
+            if descale.numel() == 1:
+                descale = descale.reshape(1, 1)
+            checked.append(descale.to(torch.float32).expand(self.batch, h).contiguous())
+        return tuple(checked)
+
+    def _take_outputs(self, out, return_lse):
+        if not isinstance(return_lse, bool):
+            raise TypeError(f"return_lse: must be True or False, it is {return_lse!r}")
+        self.return_lse = return_lse
+        dtype = torch.bfloat16 if self.fp8 else self.q.dtype
+        self.out = torch.empty_like(self.q, dtype=dtype) if out is None else self._checked_out(out, dtype)
+        shape = (self.batch, self.heads_q, self.seqlen_q)
+        self.lse = torch.empty(shape, dtype=torch.float32, device=self.q.device) if return_lse else None
+
+    def _checked_out(self, out, dtype):
+        if not isinstance(out, torch.Tensor):
+            raise TypeError(f"out: must be a torch.Tensor, it is {type(out).__name__}")
+        shape = (self.seqlen_q, self.heads_q, self.head_dim) if self.rank3 else tuple(self.q.shape)
+        if out.shape != shape or out.device != self.q.device:
+            raise ValueError(f"out: must be {list(shape)} on {self.q.device}, it is {list(out.shape)} on {out.device}")
+        if out.dtype != dtype and not (self.fp8 and out.dtype in HALF):
+            raise TypeError(f"out: must be {'float16 or bfloat16' if self.fp8 else dtype}, it is {out.dtype}")
+        if out.stride(-1) != 1 and out.shape[-1] > 1:
+            raise ValueError(f"out: its last dimension must be contiguous, its strides are {list(out.stride())}")
+        return out.transpose(0, 1).unsqueeze(0) if self.rank3 else out
+
+
+def last_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """x itself where its last dimension is contiguous, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _checked_scale(scale, head_dim) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"scale: must be a finite number, it is {scale!r}")
+    return float(scale)
+
+
+def _check_device(device: torch.device):
+    if device.type == "cuda" or (device.type == "cpu" and interpreting()) or (device.type == "meta" and pretending()):
+        return
+    raise ValueError(
+        f"q: is on {device}; kernels need a GPU tensor (or TRITON_INTERPRET=1, set before triton is imported, for the CPU)"
+    )
+
+
+_in_range: dict[int, tuple[weakref.ref, int, int]] = {}  # id of a lengths tensor -> itself, its version, the bound it met
+
+
+def _check_range(name: str, lengths: torch.Tensor, longest: int):
+    """Lengths lie in 0..longest. Reads the device once for each tensor and change of it; not while a CUDA graph is captured."""
+    if lengths.device.type == "meta" or lengths.numel() == 0:
+        return
+    version = None if lengths.is_inference() else lengths._version
+    known = _in_range.get(id(lengths))
+    if version is not None and known is not None and known[0]() is lengths and known[1:] == (version, longest):
+        return
+    if lengths.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # the kernels clamp lengths, so that a bad one cannot reach foreign memory
+    least, most = (int(x) for x in lengths.aminmax())
+    if least < 0 or most > longest:
+        raise ValueError(f"{name}: lengths must lie in 0..{longest}, they reach from {least} to {most}")
+    key = id(lengths)
+    _in_range[key] = (weakref.ref(lengths, lambda _: _in_range.pop(key, None)), version, longest)

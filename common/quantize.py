@@ -1,0 +1,98 @@
+"""FP8 inputs: static scales, found and applied before the attention kernel, once for each head.
+
+A descale is amax / max(format), the number that a stored value is multiplied with to get the original back. V is stored
+with its keys contiguous, [B, H, D, Sk] with Sk padded to a multiple of 16: Hopper's FP8 products read their second
+operand only in that order, and its rows must start on 16 bytes to be loaded 16 bytes at a time.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from common.launch import Tiles, cdiv, launch
+from common.problem import FP8, AttentionProblem
+
+FORMAT_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+
+
+class Quantized(NamedTuple):
+    """q, k float8 [B, H, S, D]; v float8 [B, Hkv, Sk, D] with stride 1 along Sk; descales float32 [B, H]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    descale_q: torch.Tensor
+    descale_k: torch.Tensor
+    descale_v: torch.Tensor
+
+
+@triton.jit
+def quantize_kernel(
+    X, Y, scales,  # [batch, heads, seqlen, HEAD_DIM] twice; float32 [batch, heads]
+    stride_x, stride_y, heads, seqlen, limit,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Y = X * scale of its head, clamped to the format. BLOCK_M rows a program; BLOCK_N is not used."""
+    off_b = (tl.program_id(0) // heads).to(tl.int64)
+    off_h = (tl.program_id(0) % heads).to(tl.int64)
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (offs_m < seqlen)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    rows = offs_m.to(tl.int64)[:, None]
+    x_ptrs = X + off_b * stride_x[0] + off_h * stride_x[1] + rows * stride_x[2] + offs_d[None, :] * stride_x[3]
+    y_ptrs = Y + off_b * stride_y[0] + off_h * stride_y[1] + rows * stride_y[2] + offs_d[None, :] * stride_y[3]
+    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32) * tl.load(scales + tl.program_id(0))
+    x = tl.where(x != x, x, tl.minimum(tl.maximum(x, -limit), limit))  # NaN stays NaN
+    tl.store(y_ptrs, x.to(Y.dtype.element_ty), mask=mask)
+
+
+def _keys_contiguous(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Empty [B, H, S, D] whose dimension S is contiguous and whose rows start on 16 bytes."""
+    batch, heads, seqlen, head_dim = x.shape
+    padded = cdiv(max(seqlen, 1), 16) * 16
+    return torch.empty(batch, heads, head_dim, padded, dtype=dtype, device=x.device)[..., :seqlen].transpose(2, 3)
+
+
+def _quantize(x: torch.Tensor, problem: AttentionProblem, dtype: torch.dtype, keys_contiguous: bool):
+    batch, heads, seqlen, head_dim = x.shape
+    limit = FORMAT_MAX[dtype]
+    amax = x.abs().amax((2, 3)).float() if seqlen else torch.zeros(batch, heads, device=x.device)
+    usable = (amax > 0) & torch.isfinite(amax)
+    descale = torch.where(usable, amax / limit, 1.0)
+    y = _keys_contiguous(x, dtype) if keys_contiguous else torch.empty_like(x, dtype=dtype)
+    _store(x, y, 1.0 / descale, problem, limit)
+    return y, descale
+
+
+def _store(x, y, scales, problem, limit):
+    batch, heads, seqlen, head_dim = x.shape
+    tiles = Tiles(64, 16, 4, 1)
+    launch(
+        quantize_kernel, (batch * heads, cdiv(seqlen, tiles.BLOCK_M)), problem, x, y, scales, x.stride(), y.stride(),
+        heads, seqlen, limit, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), tiles=tiles,
+    )  # fmt: skip
+
+
+def quantize_fp8(q, k, v, fp8_dtype="e4m3") -> Quantized:
+    """Float8 copies of 16-bit q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D], one scale a head, for use_fp8=True calls.
+
+    fp8_dtype "e4m3" or "e5m2". Errors as AttentionProblem.prefill has them.
+    """
+    problem = AttentionProblem.prefill(q, k, v, use_fp8=True, fp8_dtype=fp8_dtype)
+    quantize_problem(problem, fp8_dtype)
+    return Quantized(problem.q, problem.k, problem.v, *problem.descales)
+
+
+def quantize_problem(problem: AttentionProblem, fp8_dtype: str):
+    """Make the problem's tensors what an FP8 kernel reads: 16-bit ones are quantised, a float8 v is laid out if it must be."""
+    p = problem
+    if not p.fp8:
+        (q, descale_q), (k, descale_k) = (_quantize(x, p, FP8[fp8_dtype], False) for x in (p.q, p.k))
+        v, descale_v = _quantize(p.v, p, FP8[fp8_dtype], True)
+        p.q, p.k, p.v, p.descales = q, k, v, (descale_q, descale_k, descale_v)
+    elif p.v.stride(2) != 1 or any(stride % 16 for stride in (p.v.stride(0), p.v.stride(1), p.v.stride(3))):
+        v = _keys_contiguous(p.v, p.v.dtype)
+        _store(p.v, v, torch.ones(p.batch, p.heads_kv, device=v.device), p, FORMAT_MAX[v.dtype])
+        p.v = v

@@ -1,0 +1,103 @@
+"""FlashAttention v2: epilogue normalization.
+
+Idea: keep the numerators as they are in the loop and divide once, at the end (FlashAttention-2, Dao 2023, section 3.1).
+Changed: no division inside the loop; one multiply of the accumulator by alpha remains. Tiles are free.
+Expect: with v1's tiles little, 0 to 10 %: ptxas already made v1's divisions one reciprocal a row, and only the multiplies
+  of p go. With 128-row tiles 3 to 4 times v1: K and V are read a quarter as often, and WGMMA takes 64 rows.
+Limits: every block pays for the mask, and exp costs a multiply by log2(e) that exp2 would not.
+"""
+
+import triton
+import triton.language as tl
+
+from common.launch import Tiles, cdiv, launch_attention, plain_tiles, tuned_tiles
+from common.lineage import Requires, Version
+from common.masking import sequence_lengths, visible_range, visible_scores
+from common.problem import AttentionProblem
+
+
+@triton.jit
+def flash_attention_kernel(
+    Q, K, V,  # [batch, heads_q, seqlen_q, HEAD_DIM], [batch, heads_kv, seqlen_k, HEAD_DIM] twice
+    Out, LSE,  # like Q; float32 [batch, heads_q, seqlen_q] or None
+    seqlens_q, seqlens_k,  # int32 [batch] or None
+    stride_q, stride_k, stride_v, stride_o,  # (batch, head, row, 1), in elements
+    heads_q, heads_kv, seqlen_q, seqlen_k, scale, window_left, window_right,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    start_m = tl.program_id(1) * BLOCK_M
+    off_b = tl.program_id(0) // heads_q
+    off_h = tl.program_id(0) % heads_q
+    off_hk = off_h // (heads_q // heads_kv)
+    len_q, len_k = sequence_lengths(seqlens_q, seqlens_k, off_b, seqlen_q, seqlen_k)
+    lo, hi = visible_range(start_m, len_q, len_k, window_left, window_right, BLOCK_M, BLOCK_N)
+
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = lo + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+    Q += off_b.to(tl.int64) * stride_q[0] + off_h.to(tl.int64) * stride_q[1]
+    K += off_b.to(tl.int64) * stride_k[0] + off_hk.to(tl.int64) * stride_k[1] + lo.to(tl.int64) * stride_k[2]
+    V += off_b.to(tl.int64) * stride_v[0] + off_hk.to(tl.int64) * stride_v[1] + lo.to(tl.int64) * stride_v[2]
+    Out += off_b.to(tl.int64) * stride_o[0] + off_h.to(tl.int64) * stride_o[1]
+    k_ptrs = K + tl.arange(0, BLOCK_N)[:, None] * stride_k[2] + offs_d[None, :]
+    v_ptrs = V + tl.arange(0, BLOCK_N)[:, None] * stride_v[2] + offs_d[None, :]
+    q_ptrs = Q + offs_m.to(tl.int64)[:, None] * stride_q[2] + offs_d[None, :]
+    q = tl.load(q_ptrs, mask=(offs_m < len_q)[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
+
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for _ in range(lo, hi, BLOCK_N):
+        k = tl.load(k_ptrs, mask=(offs_n < len_k)[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
+        qk = tl.dot(q, k.T, input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
+        visible = visible_scores(offs_m, offs_n, len_q, len_k, window_left, window_right)
+        qk = tl.where(visible, qk, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(qk, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # rows that have seen nothing: exp(-inf), not NaN
+        p = tl.exp(qk - m_safe[:, None])
+        alpha = tl.exp(m_i - m_safe)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        v = tl.load(v_ptrs, mask=(offs_n < len_k)[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
+        acc = acc * alpha[:, None]  # v2: numerators, not averages
+        acc += tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        m_i = m_new
+        offs_n += BLOCK_N
+        k_ptrs += BLOCK_N * stride_k[2]
+        v_ptrs += BLOCK_N * stride_v[2]
+
+    empty = (l_i == 0.0) | (offs_m >= len_q)
+    acc = tl.where(empty[:, None], 0.0, acc / l_i[:, None])  # v2: the only division
+    out_ptrs = Out + offs_m.to(tl.int64)[:, None] * stride_o[2] + offs_d[None, :]
+    tl.store(out_ptrs, acc.to(Out.dtype.element_ty), mask=(offs_m < seqlen_q)[:, None] & mask_d[None, :])
+    if LSE is not None:
+        lse = tl.where(empty, float("-inf"), m_i + tl.log(l_i))
+        tl.store(LSE + tl.program_id(0).to(tl.int64) * seqlen_q + offs_m, lse, mask=offs_m < seqlen_q)
+
+
+def tiles_for(problem: AttentionProblem) -> Tiles:
+    """Tuned for the GPU and the head dimension."""
+    return tuned_tiles("v2", problem) or plain_tiles(problem)
+
+
+def call_flash_attention_v2(
+    q, k, v, *, is_causal=False, scale=None, window=None, seqlens_q=None, seqlens_k=None, return_lse=False, out=None,
+    tiles=None,
+):  # fmt: skip
+    """Attention of q [B, Hq, Sq, D] over k, v [B, Hkv, Sk, D] (or [S, H, D] each); prefill.flash_attention says the rest."""
+    problem = AttentionProblem.prefill(
+        q, k, v, is_causal=is_causal, scale=scale, window=window, seqlens_q=seqlens_q, seqlens_k=seqlens_k,
+        return_lse=return_lse, out=out,
+    )  # fmt: skip
+    tiles = tiles or tiles_for(problem)
+    grid = (problem.batch * problem.heads_q, cdiv(problem.seqlen_q, tiles.BLOCK_M))
+    launch_attention(flash_attention_kernel, grid, problem, tiles)
+    return problem.result()
+
+
+VERSION = Version(
+    family="prefill", number=2, title="epilogue normalization",
+    idea="Unnormalised numerators in the loop, one division at the end; tiles chosen per GPU and head dimension.",
+    parent=1, requires=Requires(), call=call_flash_attention_v2, kernels=(flash_attention_kernel,),
+    tiles=tiles_for,
+)  # fmt: skip
