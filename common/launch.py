@@ -14,7 +14,10 @@ from common.problem import AttentionProblem
 
 
 class Tiles(NamedTuple):
-    """How one program is cut: rows and keys of its blocks, warps, and stages of the software pipeline."""
+    """How one program is cut: rows and keys of its blocks, warps, and stages of the software pipeline.
+
+    In decoding BLOCK_M counts the query heads that one program serves.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
@@ -64,31 +67,29 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def launch(kernel, grid: tuple, problem: AttentionProblem, *args, tiles: Tiles, **constexprs):
-    """Run kernel[grid](*args, BLOCK_M=..., BLOCK_N=..., **constexprs) on the problem's device and its current stream.
+def launch(kernel, grid: tuple, device: torch.device, *args, **options):
+    """Run kernel[grid](*args, **options) on `device` and its current stream; an empty grid launches nothing.
 
-    An empty grid launches nothing. enable_fp_fusion is spelled out because Triton 3.10 turns its default off.
+    enable_fp_fusion is spelled out because Triton 3.10 turns its default off.
     """
     if 0 in grid:
         return
-    options = dict(tiles._asdict(), **constexprs, enable_fp_fusion=True)
-    device = problem.q.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, **options)
+            kernel[grid](*args, **options, enable_fp_fusion=True)
     else:
-        kernel[grid](*args, **options)
+        kernel[grid](*args, **options, enable_fp_fusion=True)
 
 
 def launch_attention(kernel, grid: tuple, problem: AttentionProblem, tiles: Tiles, **extra):
     """Launch a prefill kernel: the arguments that every version takes, in the order that every version takes them."""
     p = problem
     launch(
-        kernel, grid, p,
+        kernel, grid, p.q.device,
         p.q, p.k, p.v, p.out, p.lse, p.seqlens_q, p.seqlens_k,
         p.q.stride(), p.k.stride(), p.v.stride(), p.out.stride(),
         p.heads_q, p.heads_kv, p.seqlen_q, p.seqlen_k, p.scale, p.window_left, p.window_right,
-        HEAD_DIM=p.head_dim, BLOCK_D=block_d(p), tiles=tiles, **extra,
+        HEAD_DIM=p.head_dim, BLOCK_D=block_d(p), **tiles._asdict(), **extra,
     )  # fmt: skip
 
 

@@ -51,6 +51,7 @@ class Version:
     kernels: tuple
     tiles: Callable
     fp8: bool = False
+    declines: Callable = lambda *args, **kwargs: None  # of a call's arguments: why this version does not serve it, or None
 
     @property
     def name(self) -> str:

@@ -10,14 +10,17 @@ import triton.language as tl
 
 
 @triton.jit
-def merge_step(acc, m_i, l_i, out, lse):
-    """Take one more part (out [BLOCK_D], its lse) into the running (acc, m_i, l_i), where acc is not normalised."""
-    m_new = tl.maximum(m_i, lse)
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # both sides empty: exp(-inf), not exp(-inf + inf)
+def merge_step(acc, m_i, l_i, outs, lses):
+    """Take some more parts (outs [PARTS, BLOCK_D], lses [PARTS]) into the running acc [BLOCK_D], m_i and l_i.
+
+    acc is not normalised: acc / l_i is the output so far, m_i + log(l_i) its log-sum-exp.
+    """
+    m_new = tl.maximum(m_i, tl.max(lses, 0))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # all parts empty: exp(-inf), not exp(-inf + inf)
     alpha = tl.exp(m_i - m_safe)
-    weight = tl.exp(lse - m_safe)
-    part = tl.where(lse == float("-inf"), 0.0, out)  # an empty part's output is never read: 0 * NaN is NaN
-    return acc * alpha + weight * part, m_new, l_i * alpha + weight
+    weights = tl.exp(lses - m_safe)
+    acc = acc * alpha + tl.sum(weights[:, None] * outs, 0)
+    return acc, m_new, l_i * alpha + tl.sum(weights, 0)
 
 
 def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ HALF = (torch.float16, torch.bfloat16)
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 FP8_CAPABILITY = (8, 9)
 MAX_HEAD_DIM = 256
+MAX_SPLITS = 65535  # of the grid's second axis
 MAX_SEQLEN = 2**30  # positions, and position + block, stay inside int32
 
 
@@ -25,7 +26,7 @@ class AttentionProblem:
     """
 
     __slots__ = (
-        "batch", "descales", "head_dim", "heads_kv", "heads_q", "k", "lse", "out", "q", "rank3", "return_lse", "scale",
+        "batch", "descales", "head_dim", "heads_kv", "heads_q", "k", "lse", "num_splits", "out", "q", "rank3", "return_lse", "scale",
         "seqlen_k", "seqlen_q", "seqlens_k", "seqlens_q", "v", "window_left", "window_right",
     )  # fmt: skip
 
@@ -49,8 +50,8 @@ class AttentionProblem:
         return self
 
     @classmethod
-    def decoding(cls, q, k, v, *, scale=None, seqlens_k=None, return_lse=False, out=None):
-        """Check a decoding step; q [B, Hq, 1, D], k and v [B, Hkv, Sk, D].
+    def decoding(cls, q, k, v, *, scale=None, seqlens_k=None, num_splits=None, return_lse=False, out=None):
+        """Check a decoding step; q [B, Hq, 1, D], k and v [B, Hkv, Sk, D]; num_splits None leaves the choice to the version.
 
         Raises TypeError or ValueError, naming the argument, what it was and what would do.
         """
@@ -61,6 +62,11 @@ class AttentionProblem:
         self.scale = _checked_scale(scale, self.head_dim)
         self.window_left = self.window_right = self.seqlens_q = self.descales = None
         self.seqlens_k = self._checked_lengths("seqlens_k", seqlens_k, self.seqlen_k)
+        if num_splits is not None and (
+            not isinstance(num_splits, int) or isinstance(num_splits, bool) or not 1 <= num_splits <= MAX_SPLITS
+        ):
+            raise ValueError(f"num_splits: must be 1 to {MAX_SPLITS}, or None for a default, it is {num_splits!r}")
+        self.num_splits = num_splits
         self._take_outputs(out, return_lse)
         return self
 

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common.launch import Tiles, cdiv, launch
+from common.launch import cdiv, launch
 from common.problem import FP8, AttentionProblem
 
 FORMAT_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
@@ -32,9 +32,9 @@ class Quantized(NamedTuple):
 def quantize_kernel(
     X, Y, scales,  # [batch, heads, seqlen, HEAD_DIM] twice; float32 [batch, heads]
     stride_x, stride_y, heads, seqlen, limit,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Y = X * scale of its head, clamped to the format. BLOCK_M rows a program; BLOCK_N is not used."""
+    """Y = X * scale of its head, clamped to the format; BLOCK_M rows a program."""
     off_b = (tl.program_id(0) // heads).to(tl.int64)
     off_h = (tl.program_id(0) % heads).to(tl.int64)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -55,23 +55,23 @@ def _keys_contiguous(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(batch, heads, head_dim, padded, dtype=dtype, device=x.device)[..., :seqlen].transpose(2, 3)
 
 
-def _quantize(x: torch.Tensor, problem: AttentionProblem, dtype: torch.dtype, keys_contiguous: bool):
-    batch, heads, seqlen, head_dim = x.shape
-    limit = FORMAT_MAX[dtype]
+def _quantize(x: torch.Tensor, dtype: torch.dtype, keys_contiguous: bool):
+    batch, heads, seqlen, _ = x.shape
     amax = x.abs().amax((2, 3)).float() if seqlen else torch.zeros(batch, heads, device=x.device)
     usable = (amax > 0) & torch.isfinite(amax)
-    descale = torch.where(usable, amax / limit, 1.0)
+    descale = torch.where(usable, amax / FORMAT_MAX[dtype], 1.0)
     y = _keys_contiguous(x, dtype) if keys_contiguous else torch.empty_like(x, dtype=dtype)
-    _store(x, y, 1.0 / descale, problem, limit)
+    _store(x, y, 1.0 / descale)
     return y, descale
 
 
-def _store(x, y, scales, problem, limit):
+def _store(x: torch.Tensor, y: torch.Tensor, scales: torch.Tensor):
     batch, heads, seqlen, head_dim = x.shape
-    tiles = Tiles(64, 16, 4, 1)
+    BLOCK_M = 64
     launch(
-        quantize_kernel, (batch * heads, cdiv(seqlen, tiles.BLOCK_M)), problem, x, y, scales, x.stride(), y.stride(),
-        heads, seqlen, limit, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), tiles=tiles,
+        quantize_kernel, (batch * heads, cdiv(seqlen, BLOCK_M)), x.device, x, y, scales, x.stride(), y.stride(),
+        heads, seqlen, FORMAT_MAX[y.dtype], HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_M=BLOCK_M, num_warps=4,
     )  # fmt: skip
 
 
@@ -89,10 +89,10 @@ def quantize_problem(problem: AttentionProblem, fp8_dtype: str):
     """Make the problem's tensors what an FP8 kernel reads: 16-bit ones are quantised, a float8 v is laid out if it must be."""
     p = problem
     if not p.fp8:
-        (q, descale_q), (k, descale_k) = (_quantize(x, p, FP8[fp8_dtype], False) for x in (p.q, p.k))
-        v, descale_v = _quantize(p.v, p, FP8[fp8_dtype], True)
+        (q, descale_q), (k, descale_k) = (_quantize(x, FP8[fp8_dtype], False) for x in (p.q, p.k))
+        v, descale_v = _quantize(p.v, FP8[fp8_dtype], True)
         p.q, p.k, p.v, p.descales = q, k, v, (descale_q, descale_k, descale_v)
     elif p.v.stride(2) != 1 or any(stride % 16 for stride in (p.v.stride(0), p.v.stride(1), p.v.stride(3))):
         v = _keys_contiguous(p.v, p.v.dtype)
-        _store(p.v, v, torch.ones(p.batch, p.heads_kv, device=v.device), p, FORMAT_MAX[v.dtype])
+        _store(p.v, v, torch.ones(p.batch, p.heads_kv, device=v.device))
         p.v = v

@@ -1,1 +1,24 @@
-"""Prefill: attention of many queries at once. `flash_attention` runs the newest version that can run here."""
+"""Decoding: attention of one query a sequence over a long KV cache."""
+
+from common.hardware import detect_gpu
+from common.lineage import find_version, versions_of
+
+
+def flash_decoding(
+    q, k, v, *, scale=None, seqlens_k=None, num_splits=None, return_lse=False, out=None, version=None
+):  # fmt: skip
+    """softmax(scale * q k^T) v for one query a sequence, by the newest version that can run here.
+
+    q [B, Hq, 1, D], k and v [B, Hkv, Sk, D], any strides; float16, bfloat16 or float32; D from 1 to 256; Hq a multiple of
+      Hkv. seqlens_k: int32 [B], the keys that count of each sequence; later ones are never read.
+    num_splits: how many parts the keys are cut into; None leaves it to the version. The result does not depend on it
+      beyond rounding. return_lse: also the log-sum-exp, natural logarithm, float32 [B, Hq, 1]; no keys give 0 and -inf.
+    out: preallocated output. version: "v1", say, instead of the newest.
+    Raises ValueError or TypeError naming the argument, before anything is launched; NoGPU where there is no GPU.
+    """
+    arguments = dict(scale=scale, seqlens_k=seqlens_k, num_splits=num_splits, return_lse=return_lse, out=out)
+    if version is not None:
+        return find_version("decoding", version).call(q, k, v, **arguments)
+    gpu = detect_gpu()
+    chosen = next(v for v in reversed(versions_of("decoding")) if v.why_not(gpu) is None)
+    return chosen.call(q, k, v, **arguments)
