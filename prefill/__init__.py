@@ -33,7 +33,11 @@ def flash_attention(
         out=out, **fp8,
     )  # fmt: skip
     if version is not None:
-        return find_version("prefill", version).call(q, k, v, **arguments)
+        chosen = find_version("prefill", version)
+        if fp8.get("use_fp8") and not chosen.fp8:
+            having = ", ".join(v.name for v in versions_of("prefill") if v.fp8)
+            raise ValueError(f"use_fp8: {chosen.name} has no FP8 path; {having} have")
+        return chosen.call(q, k, v, **arguments)
     gpu, dtype = detect_gpu(), fp8.get("fp8_dtype", "e4m3") if fp8.get("use_fp8") else "fp16"
     reasons = []
     for candidate in reversed(versions_of("prefill")):
