@@ -15,7 +15,7 @@ class NoGPU(RuntimeError):
 
 @dataclass(frozen=True)
 class GPU:
-    """One GPU model. Peaks are the vendor's dense ones: TFLOP/s by dtype name, GB/s of device memory; empty if unknown."""
+    """One GPU model. Peaks are the vendor's dense ones: TFLOP/s by dtype name, GB/s of memory; empty if unknown."""
 
     name: str
     backend: str  # "cuda", "hip" or "interpreter"
@@ -45,7 +45,9 @@ KNOWN = {
     "sm_89": GPU("NVIDIA L40S", "cuda", "sm_89", (8, 9), 142, 99 * KB, 96 << 20, _peaks(362, 733, 91.6), 864),
     "sm_90": GPU("NVIDIA H200", "cuda", "sm_90", (9, 0), 132, 227 * KB, 60 << 20, _peaks(989, 1979, 67), 4800),
     "sm_100": GPU("NVIDIA B200", "cuda", "sm_100", (10, 0), 148, 227 * KB, 126 << 20, _peaks(2250, 4500, 75), 8000),
-    "sm_120": GPU("NVIDIA RTX 5090", "cuda", "sm_120", (12, 0), 170, 99 * KB, 96 << 20, _peaks(209.5, 419, 104.8), 1792),
+    "sm_120": GPU(
+        "NVIDIA RTX 5090", "cuda", "sm_120", (12, 0), 170, 99 * KB, 96 << 20, _peaks(209.5, 419, 104.8), 1792
+    ),
     "gfx942": GPU("AMD MI300X", "hip", "gfx942", (9, 4), 304, 64 * KB, 256 << 20, _peaks(1307, 2615, 163), 5300),
 }
 # Boards that share an architecture with one above but not its rates.
@@ -76,7 +78,7 @@ def pretending() -> bool:
 
 @contextlib.contextmanager
 def pretend(gpu: GPU):
-    """Inside, versions choose their tiles for `gpu` and take tensors on device "meta": for compiling without running."""
+    """Inside, versions choose their tiles for `gpu` and take tensors on device "meta": to compile without running."""
     global _pretended
     before, _pretended = _pretended, gpu
     try:
@@ -140,7 +142,8 @@ def describe(gpu: GPU) -> str:
     """One line for people."""
     rates = ", ".join(f"{dtype} {rate:g}" for dtype, rate in gpu.tflops.items()) or "unknown"
     bandwidth = f"{gpu.gbps:g} GB/s" if gpu.gbps else "bandwidth unknown"
-    return f"{gpu.name} ({gpu.arch}, {gpu.sm_count} SMs, {gpu.shared_memory // KB} KB shared); peak TFLOP/s {rates}; {bandwidth}"
+    facts = f"{gpu.arch}, {gpu.sm_count} SMs, {gpu.shared_memory // KB} KB shared"
+    return f"{gpu.name} ({facts}); peak TFLOP/s {rates}; {bandwidth}"
 
 
 if __name__ == "__main__":

@@ -39,7 +39,10 @@ class Requires:
 
 @dataclass(frozen=True)
 class Version:
-    """One file of the lineage. `call` follows the family's contract; `tiles(problem)` is the choice of tiles it makes."""
+    """One file of the lineage. `call` follows the family's contract; `tiles(problem)` is its own choice of tiles.
+
+    `declines`, of a call's arguments, says why this version does not serve that call, or None.
+    """
 
     family: str
     number: int
@@ -51,7 +54,7 @@ class Version:
     kernels: tuple
     tiles: Callable
     fp8: bool = False
-    declines: Callable = lambda *args, **kwargs: None  # of a call's arguments: why this version does not serve it, or None
+    declines: Callable = lambda *args, **kwargs: None
 
     @property
     def name(self) -> str:
@@ -74,7 +77,7 @@ class Version:
 
     @functools.cached_property
     def source_hash(self) -> str:
-        """12 hex digits over this file and every jit function that its kernels reach, comments and docstrings left out."""
+        """12 hex digits over this file and the jit functions its kernels reach, comments and docstrings left out."""
         trees = [_normalised(self.path.read_text())]
         trees += [_normalised(source) for source in _reachable_sources(self.kernels)]
         return hashlib.sha256("\n".join(trees).encode()).hexdigest()[:12]
@@ -104,7 +107,8 @@ class Version:
 def _normalised(source: str) -> str:
     tree = ast.parse(inspect.cleandoc("\n" + source) if source.startswith((" ", "\t")) else source)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node, clean=False) is not None:
+        documented = isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
+        if documented and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return ast.dump(tree)
 

@@ -31,7 +31,8 @@ def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.T
     Raises ValueError where the shapes do not belong together.
     """
     if outs.shape[:-1] != lses.shape:
-        raise ValueError(f"lses: must have shape {list(outs.shape[:-1])} (outs without its last), it has {list(lses.shape)}")
+        shape = list(outs.shape[:-1])
+        raise ValueError(f"lses: must have shape {shape} (outs without its last dimension), it has {list(lses.shape)}")
     if outs.shape[0] == 0:
         raise ValueError("outs: has no parts to merge (its first dimension is 0)")
     lses = lses.float()

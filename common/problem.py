@@ -26,8 +26,8 @@ class AttentionProblem:
     """
 
     __slots__ = (
-        "batch", "descales", "head_dim", "heads_kv", "heads_q", "k", "lse", "num_splits", "out", "q", "rank3", "return_lse", "scale",
-        "seqlen_k", "seqlen_q", "seqlens_k", "seqlens_q", "v", "window_left", "window_right",
+        "batch", "descales", "head_dim", "heads_kv", "heads_q", "k", "lse", "num_splits", "out", "q", "rank3",
+        "return_lse", "scale", "seqlen_k", "seqlen_q", "seqlens_k", "seqlens_q", "v", "window_left", "window_right",
     )  # fmt: skip
 
     @classmethod
@@ -51,14 +51,14 @@ class AttentionProblem:
 
     @classmethod
     def decoding(cls, q, k, v, *, scale=None, seqlens_k=None, num_splits=None, return_lse=False, out=None):
-        """Check a decoding step; q [B, Hq, 1, D], k and v [B, Hkv, Sk, D]; num_splits None leaves the choice to the version.
+        """Check a decoding step; q [B, Hq, 1, D], k and v [B, Hkv, Sk, D]; num_splits None is the version's own choice.
 
         Raises TypeError or ValueError, naming the argument, what it was and what would do.
         """
         self = cls()
         self._take_tensors(q, k, v, use_fp8=False, fp8_dtype=None, ranks=(4,))
         if self.seqlen_q != 1:
-            raise ValueError(f"q: decoding takes one query a sequence, [B, Hq, 1, D]; it has {self.seqlen_q} (use prefill)")
+            raise ValueError(f"q: decoding takes one query a sequence, [B, Hq, 1, D], not {self.seqlen_q}; use prefill")
         self.scale = _checked_scale(scale, self.head_dim)
         self.window_left = self.window_right = self.seqlens_q = self.descales = None
         self.seqlens_k = self._checked_lengths("seqlens_k", seqlens_k, self.seqlen_k)
@@ -107,7 +107,7 @@ class AttentionProblem:
             if x.device != q.device:
                 raise ValueError(f"{name}: is on {x.device} and q is on {q.device}; q, k and v must be on one device")
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            raise ValueError("q, k, v: one requires grad, and there is no backward; detach() them or use torch.no_grad()")
+            raise ValueError("q, k, v: one requires grad, and there is no backward; detach() it or use torch.no_grad()")
         self._check_dtype(q.dtype, use_fp8, fp8_dtype)
         _check_device(q.device)
         self.rank3 = q.ndim == 3
@@ -170,7 +170,8 @@ class AttentionProblem:
         if lengths.dtype != torch.int32:
             raise TypeError(f"{name}: must be int32, it is {lengths.dtype}")
         if lengths.shape != (self.batch,):
-            raise ValueError(f"{name}: must have shape [{self.batch}] (one length a sequence), it has {list(lengths.shape)}")
+            shape = list(lengths.shape)
+            raise ValueError(f"{name}: must have shape [{self.batch}] (one length a sequence), it has {shape}")
         if lengths.device != self.q.device:
             raise ValueError(f"{name}: is on {lengths.device} and q is on {self.q.device}; they must be on one device")
         lengths = lengths.contiguous()
@@ -181,11 +182,12 @@ class AttentionProblem:
         """Float32 [batch, heads] for each of q, k, v; a number or one element serves all heads. Default 1."""
         if not self.fp8:
             if descales is not None and any(d is not None for d in descales):
-                raise ValueError("descale_q, descale_k, descale_v: belong to float8 tensors; 16-bit ones get theirs here")
+                raise ValueError("descale_q, descale_k, descale_v: belong to float8 tensors; 16-bit ones get their own")
             return None
+        names = ("descale_q", "descale_k", "descale_v")
         heads = (self.heads_q, self.heads_kv, self.heads_kv)
         checked = []
-        for name, descale, h in zip(("descale_q", "descale_k", "descale_v"), descales or (None,) * 3, heads, strict=True):
+        for name, descale, h in zip(names, descales or (None,) * 3, heads, strict=True):
             if not isinstance(descale, torch.Tensor):
                 if not isinstance(descale, int | float | None):
                     raise TypeError(f"{name}: must be a number or a tensor, it is {type(descale).__name__}")
@@ -193,9 +195,10 @@ class AttentionProblem:
                 checked.append(torch.full((self.batch, h), value, dtype=torch.float32, device=self.q.device))
                 continue
             if descale.numel() != 1 and descale.shape not in ((h,), (self.batch, h)):
-                raise ValueError(f"{name}: must have one element, or shape [{h}] or [{self.batch}, {h}], it has {list(descale.shape)}")
+                shapes = f"one element, or shape [{h}] or [{self.batch}, {h}]"
+                raise ValueError(f"{name}: must have {shapes}, it has {list(descale.shape)}")
             if descale.device != self.q.device:
-                raise ValueError(f"{name}: is on {descale.device} and q is on {self.q.device}; they must be on one device")
+                raise ValueError(f"{name}: is on {descale.device} and q on {self.q.device}; they must be on one device")
             if descale.numel() == 1:
                 descale = descale.reshape(1, 1)
             checked.append(descale.to(torch.float32).expand(self.batch, h).contiguous())
@@ -240,15 +243,16 @@ def _check_device(device: torch.device):
     if device.type == "cuda" or (device.type == "cpu" and interpreting()) or (device.type == "meta" and pretending()):
         return
     raise ValueError(
-        f"q: is on {device}; kernels need a GPU tensor (or TRITON_INTERPRET=1, set before triton is imported, for the CPU)"
+        f"q: is on {device}; kernels need a GPU tensor (or, for the CPU, TRITON_INTERPRET=1 before triton is imported)"
     )
 
 
-_in_range: dict[int, tuple[weakref.ref, int, int]] = {}  # id of a lengths tensor -> itself, its version, the bound it met
+# id of a lengths tensor -> itself, its version, the bound it met
+_in_range: dict[int, tuple[weakref.ref, int, int]] = {}
 
 
 def _check_range(name: str, lengths: torch.Tensor, longest: int):
-    """Lengths lie in 0..longest. Reads the device once for each tensor and change of it; not while a CUDA graph is captured."""
+    """Lengths lie in 0..longest. Reads the device once for each tensor and change of it, never in a graph capture."""
     if lengths.device.type == "meta" or lengths.numel() == 0:
         return
     version = None if lengths.is_inference() else lengths._version
