@@ -36,6 +36,19 @@ def visible_range(
 
 
 @triton.jit
+def unmasked_range(start_m, len_q, len_k, window_left, window_right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys lo..hi (hi excluded): a block of BLOCK_N keys that starts there is seen whole by each of the rows start_m.. ."""
+    lo = start_m * 0
+    hi = start_m * 0 + len_k
+    if window_right is not None:
+        hi = tl.maximum(tl.minimum(hi, start_m + len_k - len_q + window_right + 1), 0)
+    if window_left is not None:
+        last_row = tl.minimum(start_m + BLOCK_M, len_q) - 1
+        lo = last_row + len_k - len_q - window_left
+    return lo, hi // BLOCK_N * BLOCK_N
+
+
+@triton.jit
 def visible_scores(offs_m, offs_n, len_q, len_k, window_left, window_right):
     """Mask [BLOCK_M, BLOCK_N] of the scores that count, for rows offs_m and keys offs_n."""
     mask = (offs_n < len_k)[None, :]

@@ -33,23 +33,23 @@ def flash_attention_kernel(
     lo, hi = visible_range(start_m, len_q, len_k, window_left, window_right, BLOCK_M, BLOCK_N)
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    offs_n = lo + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
     Q += off_b.to(tl.int64) * stride_q[0] + off_h.to(tl.int64) * stride_q[1]
     K += off_b.to(tl.int64) * stride_k[0] + off_hk.to(tl.int64) * stride_k[1] + lo.to(tl.int64) * stride_k[2]
     V += off_b.to(tl.int64) * stride_v[0] + off_hk.to(tl.int64) * stride_v[1] + lo.to(tl.int64) * stride_v[2]
     Out += off_b.to(tl.int64) * stride_o[0] + off_h.to(tl.int64) * stride_o[1]
-    k_ptrs = K + tl.arange(0, BLOCK_N)[:, None] * stride_k[2] + offs_d[None, :]
-    v_ptrs = V + tl.arange(0, BLOCK_N)[:, None] * stride_v[2] + offs_d[None, :]
+    k_offsets = tl.arange(0, BLOCK_N)[:, None] * stride_k[2] + offs_d[None, :]
+    v_offsets = tl.arange(0, BLOCK_N)[:, None] * stride_v[2] + offs_d[None, :]
     q_ptrs = Q + offs_m.to(tl.int64)[:, None] * stride_q[2] + offs_d[None, :]
     q = tl.load(q_ptrs, mask=(offs_m < len_q)[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for _ in range(lo, hi, BLOCK_N):
-        k = tl.load(k_ptrs, mask=(offs_n < len_k)[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
+    for start_n in range(lo, hi, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        k = tl.load(K + k_offsets, mask=(offs_n < len_k)[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
         qk = tl.dot(q, k.T, input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
         visible = visible_scores(offs_m, offs_n, len_q, len_k, window_left, window_right)
         qk = tl.where(visible, qk, float("-inf"))
@@ -59,15 +59,14 @@ def flash_attention_kernel(
         alpha = tl.exp(m_i - m_safe)
         l_new = l_i * alpha + tl.sum(p, 1)
         l_safe = tl.where(l_new == 0.0, 1.0, l_new)
-        v = tl.load(v_ptrs, mask=(offs_n < len_k)[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
+        v = tl.load(V + v_offsets, mask=(offs_n < len_k)[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
         acc = acc * (alpha * l_i / l_safe)[:, None]  # v1: the average so far, weighed anew
         p = p / l_safe[:, None]  # v1: and the block's share of the new average
         acc += tl.dot(p.to(v.dtype), v, input_precision="ieee")
         m_i = m_new
         l_i = l_new
-        offs_n += BLOCK_N
-        k_ptrs += BLOCK_N * stride_k[2]
-        v_ptrs += BLOCK_N * stride_v[2]
+        K += BLOCK_N * stride_k[2]
+        V += BLOCK_N * stride_v[2]
 
     empty = (l_i == 0.0) | (offs_m >= len_q)
     acc = tl.where(empty[:, None], 0.0, acc)

@@ -40,7 +40,6 @@ def flash_attention_kernel(
     lo, hi = visible_range(start_m, len_q, len_k, window_left, window_right, BLOCK_M, BLOCK_N)
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    offs_n = lo + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     Q += off_b.to(tl.int64) * stride_q[0] + off_h.to(tl.int64) * stride_q[1]
     K += off_b.to(tl.int64) * stride_k[0] + off_hk.to(tl.int64) * stride_k[1]
@@ -58,7 +57,8 @@ def flash_attention_kernel(
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for _ in range(lo, hi, BLOCK_N):
+    for start_n in range(lo, hi, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_block(k_block, BLOCK_N, BLOCK_D)  # v3
         qk = tl.dot(q, k.T, input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
         visible = visible_scores(offs_m, offs_n, len_q, len_k, window_left, window_right)
@@ -75,7 +75,6 @@ def flash_attention_kernel(
         acc = acc * alpha[:, None]
         acc += tl.dot(p.to(v.dtype), v, input_precision="ieee")
         m_i = m_new
-        offs_n += BLOCK_N
         k_block = advance(k_block, BLOCK_N, 0)  # v3
         v_block = advance(v_block, BLOCK_N, 0)  # v3
 
