@@ -1,0 +1,520 @@
+"""What the compiler makes of a version, for a GPU that need not be here: registers, spills, shared memory, opcodes a loop.
+
+A version is compiled through its real launch function: tensors on device "meta", the GPU pretended, and every launch
+recorded and compiled in place of run. No driver is touched. Results are cached on disk by what went into them.
+
+    python -m bench.machine_code prefill --arch sm_90 --dtype fp16 --head-dim 128
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from tabulate import tabulate
+
+from bench.disassembly import KINDS, Code, Loop, loops_of, main_loops, read_amd, read_nvidia
+
+if TYPE_CHECKING:  # importing them loads torch, which a cached answer can do without
+    from common.hardware import GPU
+    from common.lineage import Version
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+STAGES = ("ttir", "ttgir", "llir", "ptx", "sass")  # AMD has "amdgcn" for the last two
+SCORES = {"prefill": 128 * 128, "decoding": 128}  # that normalised counts are for
+UNIT = {"prefill": "a 128 x 128 tile of scores", "decoding": "128 keys of one head"}
+CACHED_FILES = 2000  # about 100 MB
+
+
+class CompileError(RuntimeError):
+    """A version does not compile for this GPU and shape; one line says why."""
+
+
+class Case(NamedTuple):
+    """One version, one GPU and one shape. tiles None is the version's own choice; dtypes e4m3 and e5m2 are FP8."""
+
+    family: str
+    version: str
+    arch: str
+    dtype: str
+    head_dim: int
+    causal: bool
+    seqlen: int
+    heads_q: int
+    heads_kv: int
+    batch: int
+    tiles: tuple[int, int, int, int] | None
+
+    def label(self) -> str:
+        """ "fp16 D=128 full, sm_90" """
+        mask = "" if self.family == "decoding" else " causal" if self.causal else " full"
+        return f"{self.dtype} D={self.head_dim}{mask}, {self.arch}"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel of a version, compiled.
+
+    own: the version lists it among its kernels (quantisation, say, is not). constants: the launch's constexprs
+    (BLOCK_M, ...). shared, stack and size are bytes, registers a thread's; spilled counts registers, on AMD alone.
+    text: the stages of compilation, {"ttir": ..., "sass": ...}; files in it are relative to the repository.
+    """
+
+    family: str
+    kernel: str
+    own: bool
+    arch: str
+    constants: dict
+    warps: int
+    stages: int
+    shared: int
+    registers: int
+    stack: int
+    spilled: int
+    size: int
+    text: dict[str, str] = field(repr=False)
+
+    @functools.cached_property
+    def code(self) -> Code:
+        return read_amd(self.text["amdgcn"]) if "amdgcn" in self.text else read_nvidia(self.text["sass"])
+
+    @functools.cached_property
+    def loops(self) -> list[Loop]:
+        return loops_of(self.code)
+
+    @functools.cached_property
+    def main_loops(self) -> list[Loop]:
+        return main_loops(self.loops)
+
+
+# ---- what was compiled, in numbers
+
+
+def facts(compiled: Compiled) -> dict[str, int]:
+    """Registers a thread, stack bytes, spills (STL and LDL; on AMD registers), bytes of shared memory, warps, code bytes."""
+    spills = compiled.spilled or sum(i.kind == "spills" for i in compiled.code.instructions)
+    return {
+        "registers": compiled.registers, "spills": spills, "stack": compiled.stack, "shared": compiled.shared,
+        "shared_limit": gpu_of(compiled.arch).shared_memory, "warps": compiled.warps, "code_bytes": compiled.size,
+    }  # fmt: skip
+
+
+def loops(compiled: Compiled) -> list[Loop]:
+    """The main loops: innermost, with tensor-core instructions (or exponentials, where there are none of those)."""
+    return compiled.main_loops
+
+
+def scores_an_iteration(compiled: Compiled, loop: Loop) -> float | None:
+    """How many scores, of the tile or of a warp group's part of it, the program works out in one turn of the loop; None
+    for a kernel that works out none (it has no BLOCK_N).
+
+    Warp-specialised: what the tensor cores do in a turn, by the 2 * BLOCK_D multiply-adds that a score takes, for all
+    warps as if each did the same. Otherwise the tile: work that warps do twice then shows as more instructions.
+    """
+    constants = compiled.constants
+    if "BLOCK_N" not in constants:
+        return None
+    if "ttg.warp_specialize" in compiled.text["ttgir"]:
+        width = constants.get("BLOCK_D") or constants["HEAD_DIM"]
+        return compiled.warps * multiply_adds_a_warp(loop) / (2 * width) or None
+    return constants.get("BLOCK_M", 1) * constants["BLOCK_N"]
+
+
+def multiply_adds_a_warp(loop: Loop) -> int:
+    """Multiply-adds that one warp's tensor-core instructions do in a turn: HMMA.16816, QMMA.16832, HGMMA.64x128x16, ..."""
+    total = 0
+    for opcode, count in loop.opcodes.items():
+        if shape := re.match(r"\w?GMMA\.(\d+)x(\d+)x(\d+)", opcode):  # four warps together
+            total += count * int(shape[1]) * int(shape[2]) * int(shape[3]) // 4
+        elif shape := re.match(r"\w?MMA\.(16)(8)(\d+)", opcode):
+            total += count * int(shape[1]) * int(shape[2]) * int(shape[3])
+    return total
+
+
+def loop_counts(compiled: Compiled, loop: Loop) -> dict[str, float]:
+    """Instructions of each kind, summed over the warps, that the loop spends on UNIT of work: a 128 x 128 tile of Q K^T
+    in prefill, so that different tiles compare. A turn of the loop where the kernel works out no scores.
+    """
+    scores = scores_an_iteration(compiled, loop)
+    factor = SCORES[compiled.family] * compiled.warps / scores if scores else 1
+    return {kind: loop.counts[kind] * factor for kind in KINDS if loop.counts[kind]}
+
+
+def leanest_loop(compiled: Compiled) -> Loop | None:
+    """The main loop that most blocks pass through: of several (without and with a mask) the one with fewest instructions
+    for the same work. None where there is no loop.
+    """
+    return min(compiled.main_loops, key=lambda loop: sum(loop_counts(compiled, loop).values()), default=None)
+
+
+def summary(compiled: Compiled) -> dict:
+    """All of it for programs and tables: kernel, tiles, facts, and the counts of the leanest main loop."""
+    loop = leanest_loop(compiled)
+    tiles = {name: value for name, value in compiled.constants.items() if name.startswith("BLOCK_")}
+    return {
+        "kernel": compiled.kernel, "arch": compiled.arch, "tiles": tiles, "stages": compiled.stages, **facts(compiled),
+        "main_loops": len(compiled.main_loops), "loop_instructions": loop.size if loop else 0,
+        "per_turn": {kind: loop.counts[kind] for kind in KINDS if loop.counts[kind]} if loop else {},
+        "per_unit": loop_counts(compiled, loop) if loop else {},
+    }  # fmt: skip
+
+
+# ---- compiling
+
+
+def case_for(version: Version, gpu: GPU | str, **shape) -> Case:
+    """The Case of a version on a GPU (or its architecture's name), with defaults for what `shape` leaves out."""
+    arch = gpu if isinstance(gpu, str) else gpu.arch
+    gpu_of(arch)
+    defaults = {"dtype": "fp16", "causal": False, "heads_q": 16, "tiles": None}
+    defaults |= {
+        "prefill": {"batch": 2, "head_dim": 128, "seqlen": 8192},
+        "decoding": {"batch": 1, "head_dim": 64, "seqlen": 65536},
+    }[version.family]
+    if unknown := shape.keys() - set(Case._fields):
+        raise TypeError(f"{', '.join(sorted(unknown))}: no part of a case; there are {', '.join(Case._fields[3:])}")
+    chosen = defaults | shape
+    chosen.setdefault("heads_kv", chosen["heads_q"])
+    if chosen["tiles"] is not None:
+        chosen["tiles"] = tuple(chosen["tiles"])
+    return Case(family=version.family, version=version.name, arch=arch, **chosen)
+
+
+def compile_version(version: Version, gpu: GPU | str, **shape) -> list[Compiled]:
+    """Compile every kernel that one call of `version` launches on `gpu`, of common.hardware.KNOWN, in order of launch.
+
+    shape: dtype ("fp16", ..., "e4m3"), head_dim, causal, seqlen, heads_q, heads_kv, batch, tiles. CompileError says in
+    one line why not; ValueError names a GPU that is not known.
+    """
+    result = compile_cases([case_for(version, gpu, **shape)])[0]
+    if isinstance(result, CompileError):
+        raise result
+    return result
+
+
+def facts_for_version(version: Version, gpu: GPU | str, **shape) -> dict:
+    """summary() of the version's first kernel, with those of its further ones under "others"."""
+    first, *others = [summary(compiled) for compiled in compile_version(version, gpu, **shape) if compiled.own]
+    return first | {"others": others}
+
+
+def compile_cases(cases: Iterable[Case]) -> list[list[Compiled] | CompileError]:
+    """For each case its kernels, from the cache where they are there, or the error.
+
+    A process that interprets cannot compile: there, another process does it.
+    """
+    cases = list(cases)
+    paths = [_cache_path(case) for case in cases]
+    missing = [(case, path) for case, path in zip(cases, paths, strict=True) if not path.exists()]
+    errors = {}
+    if missing:
+        from common.hardware import interpreting
+
+        errors = (_compile_elsewhere if interpreting() else _compile_here)(missing)
+    return [errors.get(case) or _load(path) for case, path in zip(cases, paths, strict=True)]
+
+
+def _compile_here(missing: list[tuple[Case, pathlib.Path]]) -> dict[Case, CompileError]:
+    errors = {}
+    for case, path in missing:
+        try:
+            _store(path, _compile(case))
+        except CompileError as error:
+            errors[case] = error
+    return errors
+
+
+def _compile_elsewhere(missing: list[tuple[Case, pathlib.Path]]) -> dict[Case, CompileError]:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    work = json.dumps([(case, str(path)) for case, path in missing])
+    child = subprocess.run(
+        [sys.executable, "-m", "bench.machine_code", "--work"], cwd=ROOT, env=env, input=work, capture_output=True, text=True
+    )
+    if child.returncode:
+        reason = (child.stderr.strip() or f"exit status {child.returncode}").splitlines()[-1]
+        return {case: CompileError(f"{case.version}: {reason}") for case, path in missing if not path.exists()}
+    return {missing[int(index)][0]: CompileError(reason) for index, reason in json.loads(child.stdout).items()}
+
+
+def _compile(case: Case) -> list[Compiled]:
+    import torch
+
+    from common.hardware import pretend, target_of
+    from common.lineage import find_version
+
+    version, gpu = find_version(case.family, case.version), gpu_of(case.arch)
+    if reason := version.why_not(gpu, case.dtype):  # first: a Gluon kernel for another GPU would end the process
+        raise CompileError(f"{version.name} on {case.arch}: {reason}")
+    is_fp8 = case.dtype in ("e4m3", "e5m2")
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}.get(case.dtype, torch.float16)
+
+    def tensor(seqlen, heads):
+        return torch.empty(case.batch, seqlen, heads, case.head_dim, dtype=dtype, device="meta").transpose(1, 2)
+
+    q = tensor(1 if case.family == "decoding" else case.seqlen, case.heads_q)
+    k, v = (tensor(case.seqlen, case.heads_kv) for _ in "kv")
+    options = {"is_causal": case.causal} if case.family == "prefill" else {}
+    options |= {"use_fp8": True, "fp8_dtype": case.dtype} if is_fp8 else {}
+    if case.tiles:
+        from common.launch import Tiles
+
+        options["tiles"] = Tiles(*case.tiles)
+    names = {kernel.fn.__name__ for kernel in version.kernels}
+    with pretend(gpu), warnings.catch_warnings(), recorded_launches(target_of(gpu)) as launches:
+        warnings.simplefilter("ignore")  # that block pointers are deprecated, for one
+        try:
+            version.call(q, k, v, **options)
+        except Exception as error:  # the compiler's errors have no common class
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise CompileError(f"{version.name}, {case.label()}: {type(error).__name__}: {lines[-1] if lines else ''}") from error
+    distinct = {compiled.hash: (kernel, constants, compiled) for kernel, constants, compiled in launches}
+    return [_examined(case, kernel, kernel in names, *rest) for kernel, *rest in distinct.values()]
+
+
+@contextlib.contextmanager
+def recorded_launches(target):
+    """Inside, every kernel[grid](...) is compiled for `target`, not run: a list of (kernel, constexprs, compiled)."""
+    from triton.runtime.jit import JITFunction
+
+    launches, run = [], JITFunction.run
+
+    def record(self, *args, grid, warmup, **kwargs):
+        constants, compiled = _compile_like_launch(self, target, args, kwargs)
+        launches.append((self.fn.__name__, constants, compiled))
+
+    JITFunction.run = record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+def _compile_like_launch(kernel, target, args: tuple, kwargs: dict):
+    """(constexprs, compiled kernel): the first half of JITFunction.run in triton 3.6 to 3.9, without a device."""
+    import triton
+    from triton.compiler import ASTSource, make_backend
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*args, **kwargs)
+    options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constexprs, attrs)
+    compiled = triton.compile(source, target=target, options=options.__dict__)
+    constants = {param.name: bound[param.name] for param in kernel.params if param.is_constexpr}
+    return {name: value for name, value in constants.items() if isinstance(value, int | float | str)}, compiled
+
+
+def _examined(case: Case, kernel: str, own: bool, constants: dict, compiled) -> Compiled:
+    text = {stage: compiled.asm[stage] for stage in ("ttir", "ttgir", "llir", "ptx", "amdgcn") if stage in compiled.asm}
+    if "cubin" in compiled.asm:
+        text["sass"], resources = _read_cubin(compiled.asm["cubin"])
+    else:
+        resources = _amd_resources(text["amdgcn"])
+    metadata = compiled.metadata
+    return Compiled(
+        family=case.family, kernel=kernel, own=own, arch=case.arch, constants=constants, warps=metadata.num_warps,
+        stages=constants.get("STAGES", metadata.num_stages), shared=metadata.shared,
+        size=len(compiled.asm.get("cubin") or compiled.asm["hsaco"]),
+        text={stage: _relative(listing) for stage, listing in text.items()}, **resources,
+    )  # fmt: skip
+
+
+def _read_cubin(cubin: bytes) -> tuple[str, dict]:
+    """(disassembly with source lines, {"registers", "stack", "spilled"}) by the tools that come with triton."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass = _run(knobs.nvidia.nvdisasm.path, "-c", "-gi", file.name)
+        usage = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return sass, {"registers": int(registers), "stack": int(stack), "spilled": 0}
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise CompileError(f"{pathlib.Path(command[0]).name}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
+    return done.stdout
+
+
+def _amd_resources(text: str) -> dict:
+    def value(name):
+        return int((re.search(rf"\.{name}:\s+(\d+)", text) or [0, 0])[1])
+
+    stack, spilled = value("private_segment_fixed_size"), value("vgpr_spill_count")
+    return {"registers": value("vgpr_count"), "stack": stack, "spilled": spilled}
+
+
+def _relative(listing: str) -> str:
+    """Without the folders that this machine has things in."""
+    import triton
+
+    return listing.replace(f"{ROOT}/", "").replace(f"{pathlib.Path(triton.__file__).parent.parent}/", "")
+
+
+def gpu_of(arch: str) -> GPU:
+    """The GPU of common.hardware.KNOWN that stands for an architecture; ValueError names those that exist."""
+    from common.hardware import KNOWN
+
+    if arch not in KNOWN:
+        raise ValueError(f"architecture {arch!r} is not known; there are {', '.join(KNOWN)}")
+    return KNOWN[arch]
+
+
+# ---- the cache: what a case compiles to, by everything that goes into it
+
+
+def cache_folder() -> pathlib.Path:
+    """The user's cache folder for this project; a temporary one where that cannot be written."""
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return _writable(pathlib.Path(home) / "attention-lineage")
+
+
+@functools.cache
+def _writable(folder: pathlib.Path) -> pathlib.Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return pathlib.Path(tempfile.mkdtemp(prefix="attention-lineage-"))
+
+
+def digest(*parts) -> str:
+    """24 hex digits of files (their content) and of other values."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part.read_bytes() if isinstance(part, pathlib.Path) else repr(part).encode())
+        whole.update(b"\0")
+    return whole.hexdigest()[:24]
+
+
+def kernel_sources(family: str) -> list[pathlib.Path]:
+    """The files that decide what a family compiles to: comments too, because they move line numbers."""
+    return sorted([*(ROOT / "common").glob("*.py"), *(ROOT / family).glob("*.py")])
+
+
+def _cache_path(case: Case) -> pathlib.Path:
+    own = [path for path in kernel_sources(case.family) if path.parent.name == "common" or path.stem.endswith(f"_{case.version}")]
+    tuned = [path for path in [cache_folder() / "tiles.json"] if path.exists()]  # versions choose tiles by it
+    triton_version = importlib.metadata.version("triton")
+    key = digest(case, triton_version, pathlib.Path(__file__), *own, *tuned)
+    return cache_folder() / "machine_code" / f"{key}.json.gz"
+
+
+def _store(path: pathlib.Path, kernels: list[Compiled]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_bytes(gzip.compress(json.dumps([asdict(compiled) for compiled in kernels]).encode(), 5))
+    temporary.replace(path)
+    files = sorted(path.parent.glob("*.gz"), key=lambda file: file.stat().st_mtime)
+    for old in files[: max(0, len(files) - CACHED_FILES)]:
+        old.unlink(missing_ok=True)
+
+
+def _load(path: pathlib.Path) -> list[Compiled]:
+    return [Compiled(**fields) for fields in json.loads(gzip.decompress(path.read_bytes()))]
+
+
+# ---- tables
+
+
+def side_by_side(columns: dict[str, dict], unit: str) -> list[tuple[str, list]]:
+    """Rows (what, [a value a column]) of summaries, {"v1": summary, ...}: facts first, then instructions for `unit`.
+
+    The one place that turns summaries into rows: the terminal, the page and the benchmarks show these.
+    """
+    summaries = list(columns.values())
+
+    def shared(s):
+        over = " (over the limit)" if s["shared"] > s["shared_limit"] else ""
+        return f"{s['shared'] / 1024:.0f} KB{over}"
+
+    rows = [
+        ("tile", ["x".join(str(s["tiles"][n]) for n in ("BLOCK_M", "BLOCK_N") if n in s["tiles"]) or "-" for s in summaries]),
+        ("warps", [s["warps"] for s in summaries]),
+        ("stages", [s["stages"] for s in summaries]),
+        ("registers a thread", [s["registers"] for s in summaries]),
+        ("spills (loads and stores)", [s["spills"] for s in summaries]),
+        ("shared memory", [shared(s) for s in summaries]),
+        ("instructions in the main loop", [s["loop_instructions"] for s in summaries]),
+    ]
+    kinds = [kind for kind in KINDS if any(kind in s["per_unit"] for s in summaries)]
+    counts = [[s["per_unit"].get(kind, 0) for s in summaries] for kind in kinds]
+    rows.append((f"for {unit}:", [""] * len(summaries)))
+    rows += [(f"  {kind}", [round(count, 1) for count in row]) for kind, row in zip(kinds, counts, strict=True)]
+    rows.append(("  all", [round(sum(s["per_unit"].values()), 1) for s in summaries]))
+    return rows
+
+
+def machine_code_table(family: str, gpu: GPU | str, fmt: str = "simple", **shape) -> str:
+    """What the compiler made of every version of a family for one GPU and shape, a column a version, as text."""
+    from common.lineage import versions_of
+
+    versions = versions_of(family)
+    cases = [case_for(version, gpu, **shape) for version in versions]
+    columns, notes = {}, []
+    for version, result in zip(versions, compile_cases(cases), strict=True):
+        if isinstance(result, CompileError):
+            notes.append(str(result))
+        else:
+            columns[version.name] = summary(next(compiled for compiled in result if compiled.own))
+    title = f"Machine code of {family}, {cases[0].label()} (triton {importlib.metadata.version('triton')})"
+    if not columns:
+        return "\n".join([title, *notes])
+    rows = [[what, *map(number, values)] for what, values in side_by_side(columns, UNIT[family])]
+    align = ["left", *["right"] * len(columns)]
+    table = tabulate(rows, ["", *columns], tablefmt=fmt, colalign=align, disable_numparse=True, preserve_whitespace=True)
+    return "\n".join([title, "", table, *notes])
+
+
+def number(value) -> str:
+    """1234, 87.5, and text as it is."""
+    return f"{value:g}" if isinstance(value, int | float) and abs(value) < 1e5 else str(value)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.machine_code", description=__doc__.splitlines()[0])
+    parser.add_argument("family", nargs="?", default="prefill", choices=tuple(SCORES))
+    parser.add_argument("--arch", default="sm_90", help="sm_80 ... sm_120 or gfx942 (default: sm_90)")
+    parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16", "fp32", "e4m3", "e5m2"))
+    parser.add_argument("--head-dim", type=int)
+    parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)  # cases to compile, on standard input
+    args = parser.parse_args(argv)
+    if args.work:
+        work = [(Case(*case), pathlib.Path(path)) for case, path in json.load(sys.stdin)]
+        errors = _compile_here(work)
+        print(json.dumps({index: str(errors[case]) for index, (case, _) in enumerate(work) if case in errors}))
+        return 0
+    shape = {"head_dim": args.head_dim} if args.head_dim else {}
+    try:
+        print(machine_code_table(args.family, args.arch, dtype=args.dtype, causal=args.causal, **shape))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
