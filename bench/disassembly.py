@@ -1,7 +1,7 @@
 """What a kernel's machine code consists of: instructions with their kinds and source lines, and the loops among them.
 
-Reads the text of nvdisasm (NVIDIA) and of the AMD assembler. A loop is a natural loop of the control flow graph, so that
-blocks which the assembler moved out of line still count, and jumps back from there do not look like loops.
+Reads the text of nvdisasm (NVIDIA) and of the AMD assembler. A loop is a natural loop of the control flow graph, so
+that blocks which the assembler moved out of line still count, and jumps back from there do not look like loops.
 """
 
 import re
@@ -30,7 +30,7 @@ _NVIDIA = (
     ("shared stores", r"STSM?|ATOMS"),
     ("tensor memory", r"LDTM|STTM|UTCCP|UTCSHIFT|UTCATOMSWS"),
     ("spills", r"LDL|STL"),
-    ("barriers, waits", r"U?BAR|SYNCS|WARPSYNC|WARPGROUP|\w*DEPBAR|MEMBAR|FENCE|UTCBAR|ERRBAR|ARRIVES|UCGABAR\w*|NANOSLEEP"),
+    ("barriers, waits", r"U?BAR|SYNCS|WARPSYNC|WARPGROUP|\w*DEPBAR|MEMBAR|FENCE|UTCBAR|ERRBAR|ARRIVES|UCGABAR\w*"),
     ("compares, selects", r"[FDH]SETP?2?|U?ISETP|U?SEL|FSEL|U?PLOP3|VOTEU?"),
     ("byte permutes", r"U?PRMT"),
     ("branches", r"BRA|BRXU?|JMP|JMX|BSSY|BSYNC|BREAK|EXIT|CALL|RET|NOP|BMOV|KILL"),
@@ -75,7 +75,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Instruction:
-    """One machine instruction: its text without address and predicate, its kind, where it comes from, innermost first."""
+    """One machine instruction: its text without address and predicate, its kind, its source lines, innermost first."""
 
     text: str
     kind: str
@@ -154,23 +154,19 @@ def read_amd(text: str) -> Code:
     code, files, places = Code(), {}, ()
     for line in text.splitlines():
         if match := re.match(r"\s*\.file\s+(\d+)\s+\"([^\"]*)\"(?:\s+\"([^\"]*)\")?", line):
-            files[int(match[1])] = f"{match[2]}/{match[3]}" if match[3] else match[2]
+            files[match[1]] = f"{match[2]}/{match[3]}" if match[3] else match[2]
         elif match := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
-            places = ((int(match[1]), int(match[2])),)
+            places = (Place(files.get(match[1], "?"), int(match[2])),)
         elif match := re.match(r"(\.LBB\w+|[A-Za-z_][\w.$]*):", line):
             code.labels[match[1]] = len(code.instructions)
         elif re.match(r"\.Lfunc_end", line):
             break
         elif match := re.match(r"\t([a-z]\w+)(?:\s+(.*))?$", line):
             code.instructions.append(_amd(line.strip(), places))
-    resolved = [
-        Instruction(i.text, i.kind, tuple(Place(files.get(f, "?"), line) for f, line in i.places), i.targets, i.falls_through)
-        for i in code.instructions
-    ]
-    return Code(resolved, code.labels)
+    return code
 
 
-def _amd(text: str, places) -> Instruction:
+def _amd(text: str, places: tuple[Place, ...]) -> Instruction:
     bare = text.split(";")[0].strip()
     opcode = bare.split(maxsplit=1)[0]
     targets = tuple(re.findall(r"\.LBB\w+", bare)) if "branch" in opcode else ()

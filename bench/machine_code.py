@@ -1,4 +1,4 @@
-"""What the compiler makes of a version, for a GPU that need not be here: registers, spills, shared memory, opcodes a loop.
+"""What the compiler makes of a version, for a GPU that need not be here: registers, spills, shared memory, opcodes.
 
 A version is compiled through its real launch function: tensors on device "meta", the GPU pretended, and every launch
 recorded and compiled in place of run. No driver is touched. Results are cached on disk by what went into them.
@@ -106,7 +106,7 @@ class Compiled:
 
 
 def facts(compiled: Compiled) -> dict[str, int]:
-    """Registers a thread, stack bytes, spills (STL and LDL; on AMD registers), bytes of shared memory, warps, code bytes."""
+    """Registers a thread, spills (STL and LDL; on AMD registers), warps; bytes of stack, shared memory and code."""
     spills = compiled.spilled or sum(i.kind == "spills" for i in compiled.code.instructions)
     return {
         "registers": compiled.registers, "spills": spills, "stack": compiled.stack, "shared": compiled.shared,
@@ -136,7 +136,7 @@ def scores_an_iteration(compiled: Compiled, loop: Loop) -> float | None:
 
 
 def multiply_adds_a_warp(loop: Loop) -> int:
-    """Multiply-adds that one warp's tensor-core instructions do in a turn: HMMA.16816, QMMA.16832, HGMMA.64x128x16, ..."""
+    """Multiply-adds of one warp's tensor-core instructions in a turn: HMMA.16816, QMMA.16832, HGMMA.64x128x16, ..."""
     total = 0
     for opcode, count in loop.opcodes.items():
         if shape := re.match(r"\w?GMMA\.(\d+)x(\d+)x(\d+)", opcode):  # four warps together
@@ -156,8 +156,8 @@ def loop_counts(compiled: Compiled, loop: Loop) -> dict[str, float]:
 
 
 def leanest_loop(compiled: Compiled) -> Loop | None:
-    """The main loop that most blocks pass through: of several (without and with a mask) the one with fewest instructions
-    for the same work. None where there is no loop.
+    """The main loop that most blocks pass through: of several (without and with a mask) the one with fewest
+    instructions for the same work. None where there is no loop.
     """
     return min(compiled.main_loops, key=lambda loop: sum(loop_counts(compiled, loop).values()), default=None)
 
@@ -241,10 +241,9 @@ def _compile_here(missing: list[tuple[Case, pathlib.Path]]) -> dict[Case, Compil
 
 def _compile_elsewhere(missing: list[tuple[Case, pathlib.Path]]) -> dict[Case, CompileError]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.machine_code", "--work"]
     work = json.dumps([(case, str(path)) for case, path in missing])
-    child = subprocess.run(
-        [sys.executable, "-m", "bench.machine_code", "--work"], cwd=ROOT, env=env, input=work, capture_output=True, text=True
-    )
+    child = subprocess.run(command, cwd=ROOT, env=env, input=work, capture_output=True, text=True)
     if child.returncode:
         reason = (child.stderr.strip() or f"exit status {child.returncode}").splitlines()[-1]
         return {case: CompileError(f"{case.version}: {reason}") for case, path in missing if not path.exists()}
@@ -280,8 +279,9 @@ def _compile(case: Case) -> list[Compiled]:
         try:
             version.call(q, k, v, **options)
         except Exception as error:  # the compiler's errors have no common class
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise CompileError(f"{version.name}, {case.label()}: {type(error).__name__}: {lines[-1] if lines else ''}") from error
+            said = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = f"{type(error).__name__}: {said[-1] if said else ''}"
+            raise CompileError(f"{version.name}, {case.label()}: {reason}") from error
     distinct = {compiled.hash: (kernel, constants, compiled) for kernel, constants, compiled in launches}
     return [_examined(case, kernel, kernel in names, *rest) for kernel, *rest in distinct.values()]
 
@@ -415,11 +415,15 @@ def kernel_sources(family: str) -> list[pathlib.Path]:
 
 
 def _cache_path(case: Case) -> pathlib.Path:
-    own = [path for path in kernel_sources(case.family) if path.parent.name == "common" or path.stem.endswith(f"_{case.version}")]
+    sources = [path for path in kernel_sources(case.family) if path.parent.name == "common" or _is_of(case, path)]
     tuned = [path for path in [cache_folder() / "tiles.json"] if path.exists()]  # versions choose tiles by it
     triton_version = importlib.metadata.version("triton")
-    key = digest(case, triton_version, pathlib.Path(__file__), *own, *tuned)
+    key = digest(case, triton_version, pathlib.Path(__file__), *sources, *tuned)
     return cache_folder() / "machine_code" / f"{key}.json.gz"
+
+
+def _is_of(case: Case, path: pathlib.Path) -> bool:
+    return path.stem.endswith(f"_{case.version}")
 
 
 def _store(path: pathlib.Path, kernels: list[Compiled]):
@@ -446,12 +450,15 @@ def side_by_side(columns: dict[str, dict], unit: str) -> list[tuple[str, list]]:
     """
     summaries = list(columns.values())
 
+    def tile(s):
+        return "x".join(str(s["tiles"][name]) for name in ("BLOCK_M", "BLOCK_N") if name in s["tiles"]) or "-"
+
     def shared(s):
         over = " (over the limit)" if s["shared"] > s["shared_limit"] else ""
         return f"{s['shared'] / 1024:.0f} KB{over}"
 
     rows = [
-        ("tile", ["x".join(str(s["tiles"][n]) for n in ("BLOCK_M", "BLOCK_N") if n in s["tiles"]) or "-" for s in summaries]),
+        ("tile", [tile(s) for s in summaries]),
         ("warps", [s["warps"] for s in summaries]),
         ("stages", [s["stages"] for s in summaries]),
         ("registers a thread", [s["registers"] for s in summaries]),
@@ -484,7 +491,8 @@ def machine_code_table(family: str, gpu: GPU | str, fmt: str = "simple", **shape
         return "\n".join([title, *notes])
     rows = [[what, *map(number, values)] for what, values in side_by_side(columns, UNIT[family])]
     align = ["left", *["right"] * len(columns)]
-    table = tabulate(rows, ["", *columns], tablefmt=fmt, colalign=align, disable_numparse=True, preserve_whitespace=True)
+    style = {"tablefmt": fmt, "colalign": align, "disable_numparse": True, "preserve_whitespace": True}
+    table = tabulate(rows, ["", *columns], **style)
     return "\n".join([title, "", table, *notes])
 
 
