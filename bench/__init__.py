@@ -1,0 +1,1 @@
+"""What turns a version into an honest number: cases, providers, the gate, the clock, records, charts and tables."""
