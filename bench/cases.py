@@ -17,7 +17,7 @@ HIDDEN = 2048
 @dataclass(frozen=True)
 class Case:
     """One problem. seqlen_q is 1 in decoding; lengths are the true key lengths of a padded batch, or None; window is
-    (left, right), inclusive, None for no bound; layout is the order in memory, "bshd" or "bhsd"; preset: where it is from.
+    (left, right), inclusive, None for no bound; layout, the order in memory, is "bshd" or "bhsd"; preset is its origin.
     """
 
     family: str
@@ -57,7 +57,7 @@ class Case:
         return 4 * self.heads_q * self.head_dim * self._total(_pairs)
 
     def bytes(self) -> int:
-        """Q and the output once (16 bits for 8-bit inputs); each key and value that some row sees once, at the KV heads."""
+        """Q, the output (16 bits for 8-bit inputs), each key and value that some row sees: once, at the KV heads."""
         size = ITEMSIZE[self.dtype]
         rows = self.batch * self.heads_q * self.seqlen_q
         keys = self.heads_kv * self._total(_reach)

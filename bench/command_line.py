@@ -42,8 +42,8 @@ def parser(family: str) -> argparse.ArgumentParser:
     what = "prefill" if family == "prefill" else "decoding"
     parser = OneLine(
         prog=f"run_{what}_bench.py", allow_abbrev=False,
-        description=f"{UNIT[family]} of every {what} version beside the peers. No number without a check: a kernel that "
-        "is wrong at the shape that was timed gets no time. Without a GPU the versions are checked in Triton's "
+        description=f"{UNIT[family]} of every {what} version beside the peers. No number without a check: a kernel "
+        "that is wrong at the shape that was timed gets no time. Without a GPU the versions are checked in Triton's "
         "interpreter, compiled for the GPU of the recorded results, and those results are shown.",
     )  # fmt: skip
     shapes = parser.add_argument_group(

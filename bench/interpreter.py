@@ -1,8 +1,8 @@
 """Repairs of Triton's CPU interpreter (3.6 to 3.9), which is silently wrong in three places (triton#11584).
 
-As shipped, tl.dot multiplies the raw bits of bfloat16, casts to bfloat16 cut instead of rounding, and casts to float8 lose
-the carry (1.97 becomes 1.0). After install() dots of bfloat16 go through float32 and casts round to nearest even, float8
-saturating, as the GPU does.
+As shipped, tl.dot multiplies the raw bits of bfloat16, casts to bfloat16 cut instead of rounding, and casts to float8
+lose the carry (1.97 becomes 1.0). After install() dots of bfloat16 go through float32 and casts round to nearest even,
+float8 saturating, as the GPU does.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -71,7 +72,13 @@ def bind_version(version: Version, variant: str, inputs: Inputs) -> Bound:
     if variant == PARENT:
         options["tiles"] = tiles
     call = functools.partial(version.call, *tensors, **options)
-    return Bound(run=lambda out: call(out=out), out=torch.empty_like(problem.out), config=dict(tiles._asdict()))
+    return Bound(lambda out: call(out=out), torch.empty_like(problem.out), _config(version, tiles, problem))
+
+
+def _config(version: Version, tiles, problem) -> dict:
+    """What the record says of a launch: the tiles, and in decoding the splits that the version chooses with them."""
+    splits_for = getattr(sys.modules[version.call.__module__], "splits_for", None)
+    return tiles._asdict() | ({"num_splits": splits_for(problem, tiles.BLOCK_N)} if splits_for else {})
 
 
 def _tiles(version: Version, variant: str, case: Case, problem):

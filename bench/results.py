@@ -113,7 +113,7 @@ def append(folder: pathlib.Path, family: str, records: Iterable[Record]) -> None
 
 
 def load(folder: pathlib.Path, family: str) -> list[Record]:
-    """All records of FOLDER/FAMILY.jsonl, oldest first; [] where there is no file. What is no JSON is skipped, and said."""
+    """All records of FOLDER/FAMILY.jsonl, oldest first; [] without a file. What is no JSON is skipped, and named."""
     path = records_path(folder, family)
     if not path.exists():
         return []

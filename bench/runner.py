@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterable, Sequence
 
 import torch
-from tqdm import tqdm
 
 from bench import command_line, gate, results, timing
 from bench.cases import FP8, Case, cases_for
 from bench.environment import Telemetry, describe, new_run_id
+from bench.progress import Progress, say
 from bench.providers import OWN, PARENT, PEERS, Entrant, NotHere, Peer, find_peer, source_hash
 from bench.results import Record
 from bench.worker import FAMILY_TIMINGS, Failed, Worker, WorkerLost
@@ -76,6 +76,8 @@ def plan(family: str, args) -> tuple[list[tuple[Case, list[Entrant]]], list[str]
         ]
         if entrants:
             cells.append((case, entrants))
+    if not cells:
+        raise ValueError("nothing to measure: no version and no peer that is installed takes these cases")
     return cells, notes
 
 
@@ -94,7 +96,10 @@ def version_entrants(version: Version, case: Case) -> list[Entrant]:
     """A version with its own tiles and, where it has a parent to compare with, its parent's."""
     if case.dtype in FP8 and not version.fp8:
         return []
-    parent = parent_of(version)
+    try:
+        parent = parent_of(version)
+    except ValueError:  # its file is not there (yet): the version still runs, with its own tiles
+        parent = None
     comparable = parent is not None and (parent.fp8 or case.dtype not in FP8)
     return [Entrant("version", version.name, variant) for variant in ((OWN, PARENT) if comparable else (OWN,))]
 
@@ -159,14 +164,19 @@ class Attempt:
     lost: bool = False  # its process went down with another entrant: to be measured again
     same_as: Attempt | None = None  # its tiles are those of this one: one measurement serves both
 
+    @property
+    def again(self) -> bool:
+        return self.lost or (self.same_as is not None and self.same_as.lost)
+
     def open_timings(self) -> list[str]:
         """The timings that still take samples."""
         return (
             [] if self.lost or self.absent or self.same_as else [t for t in self.timings if self.gates.get(t) == "pass"]
         )
 
-    def fail(self, reason: str, timings: Iterable[str] | None = None) -> None:
-        self.gates |= {name: reason for name in timings or self.timings}
+    def judge(self, verdict: str, timings: Iterable[str] | None = None) -> None:
+        """Sets the gate of some timings, of all by default, to "pass" or the reason against."""
+        self.gates |= dict.fromkeys(timings or self.timings, verdict)
 
 
 class Run:
@@ -194,8 +204,7 @@ class Run:
             try:
                 self._measure()
             except KeyboardInterrupt:
-                self._say("\nstopped: what was measured is kept")
-                self.workers["main"].stop()  # an answer may be under way
+                self._say("stopped: what was measured is kept")
             self._keep_env(seconds=round(time.perf_counter() - started, 1), **self.telemetry.whole_run())
             self.telemetry.close()
         finally:
@@ -236,8 +245,7 @@ class Run:
 
     def _say(self, line: str) -> None:
         if line not in self.said:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            say(line)
             self.said.add(line)
 
     def _measure(self) -> None:
@@ -245,20 +253,16 @@ class Run:
         if self.args.tune:
             self._tune()
         self._measure_ceilings()
-        steps = sum(len(entrants) for _, entrants in self.cells)
-        started = time.perf_counter()
-        quiet = not sys.stderr.isatty()
-        with tqdm(total=steps, unit="kernel", disable=quiet, leave=False, dynamic_ncols=True) as bar:
-            for number, (case, entrants) in enumerate(self.cells, 1):
-                bar.set_description(case.label())
+        progress = Progress(len(self.cells), sum(len(entrants) for _, entrants in self.cells))
+        try:
+            for case, entrants in self.cells:
+                progress.begin(case.label())
                 records = self.cell(case, entrants)
                 results.append(self.folder, self.family, records)
                 self.records += records
-                bar.update(len(entrants))
-                if quiet:
-                    left = (time.perf_counter() - started) / number * (len(self.cells) - number)
-                    progress = f"[{number}/{len(self.cells)}, about {left:.0f} s left]"
-                    self._say(f"{progress} {case.label()}: {_brief(self.family, records)}")
+                progress.end(case.label(), len(entrants), _brief(self.family, records))
+        finally:
+            progress.close()
         self._measure_ceilings()
 
     # ---- before the cells
@@ -305,7 +309,7 @@ class Run:
             )
 
     def _measure_ceilings(self) -> None:
-        """Ceilings before the cells, and after them, when the GPU is hot: the second records hold the samples of both."""
+        """Ceilings before the cells, and after them, when the GPU is hot: the second records hold both."""
         dtypes = sorted({case.dtype for case, _ in self.cells})
         try:
             found = self.workers["main"].ask("ceilings", timeout=REQUEST_S, family=self.family, dtypes=dtypes)
@@ -329,10 +333,9 @@ class Run:
         records, todo = [], entrants
         while todo:
             attempts = self._interleave(case, todo)
-            records += [
-                self._record(case, a, name) for a in attempts if not a.lost and not a.absent for name in a.timings
-            ]
-            todo = [attempt.entrant for attempt in attempts if attempt.lost]
+            done = [attempt for attempt in attempts if not attempt.again and not attempt.absent]
+            records += [self._record(case, attempt, name) for attempt in done for name in attempt.timings]
+            todo = [attempt.entrant for attempt in attempts if attempt.again]
         return records
 
     def _interleave(self, case: Case, entrants: list[Entrant]) -> list[Attempt]:
@@ -370,7 +373,7 @@ class Run:
                 self._say(f"{case.label()}: {entrant.name} does not run with its parent's tiles: {attempt.absent}")
             return
         attempt.first = first
-        attempt.fail(first["gate"])
+        attempt.judge(first["gate"])
         own = next((a for a in attempts if a.entrant.name == entrant.name and a.entrant.variant == OWN), None)
         if entrant.variant == PARENT and own and own.open_timings() and own.first["config"] == first["config"]:
             attempt.same_as = own
@@ -389,9 +392,9 @@ class Run:
         except NotHere as reason:
             attempt.absent = str(reason)
         except Failed as reason:
-            attempt.fail(str(reason), timings)
+            attempt.judge(str(reason), timings)
         except WorkerLost as reason:
-            attempt.fail(str(reason))
+            attempt.judge(str(reason))
             for other in attempts:
                 if other is not attempt and other.entrant.process == entrant.process and other.open_timings():
                     other.lost = True
@@ -437,14 +440,12 @@ def rate_fields(case: Case, verdict: str, samples: list[float], peaks: tuple[flo
 def ceiling_record(family: str, ceiling: dict, samples: list[float], run_id: str) -> Record:
     """A measured ceiling as a record; the extra field bytes tells the sizes of the read kernel apart."""
     median, p20, p80 = timing.summary(samples)
-    return dict.fromkeys(results.SHAPE) | {
+    per_ms = {"tflops": ceiling["flops"] / 1e9, "gbps": ceiling["bytes"] / 1e6}
+    return dict.fromkeys(Record.__annotations__) | {
         "family": family, "version": ceiling["name"], "role": "ceiling", "pass": results.CEILING,
-        "dtype": ceiling["dtype"], "case": None, "variant": OWN, "config": None, "timing": ceiling["timing"], "median_ms": median, "p20_ms": p20,
-        "p80_ms": p80, "tflops": ceiling["flops"] / median / 1e9 if ceiling["flops"] else None,
-        "gbps": ceiling["bytes"] / median / 1e6 if ceiling["bytes"] else None, 
-        "num_splits": None, "first_call_ms": None, "peak_mem_mb": None, "error": None, "error_limit": None, "gate": "pass", "source_hash": None, "run_id": run_id,
-        "bytes": ceiling["bytes"] or None, "samples": len(samples),
-    }  # fmt: skip
+        "dtype": ceiling["dtype"], "variant": OWN, "timing": ceiling["timing"], "gate": "pass", "run_id": run_id,
+        "median_ms": median, "p20_ms": p20, "p80_ms": p80, "bytes": ceiling["bytes"] or None, "samples": len(samples),
+    } | {name: work / median if work else None for name, work in per_ms.items()}  # fmt: skip
 
 
 def _brief(family: str, records: list[Record]) -> str:
@@ -466,21 +467,25 @@ def _brief(family: str, records: list[Record]) -> str:
 
 def show(family: str, folder: pathlib.Path, records: list[Record], earlier: list[Record] | None, out=None) -> int:
     """Table of these records, comparison with earlier ones, charts of all in the folder (newest of each cell)."""
-    from bench import charts, tables
-
-    if records:
-        print(tables.terminal_table(records, family))
-    if earlier is not None:
-        print(tables.comparison_table(earlier, records, family))
-    everything = results.newest(results.load(folder, family))
     try:
-        paths = charts.draw_charts(everything, results.load_envs(folder, family), out or folder, family)
-    except ImportError as reason:
+        from bench import tables
+
+        if records:
+            print(tables.terminal_table(records, family))
+        if earlier is not None:
+            print(tables.comparison_table(earlier, records, family))
+    except ImportError as reason:  # tabulate
+        print(f"no tables: {reason}")
+    try:
+        from bench import charts
+
+        everything, envs = results.newest(results.load(folder, family)), results.load_envs(folder, family)
+        paths = charts.draw_charts(everything, envs, out or folder, family)
+    except ImportError as reason:  # matplotlib
         print(f"no charts: {reason}")
         return 0
-    print(
-        "charts: " + ", ".join(path.name for path in paths) + f" in {_short(out or folder)}" if paths else "no charts"
-    )
+    if paths:
+        print(f"charts: {', '.join(path.name for path in paths)} in {_short(out or folder)}")
     return 0
 
 

@@ -83,7 +83,7 @@ class CudaClock:
         return [start.elapsed_time(end) for start, end in pairs]
 
     def eager(self, calls: Sequence[Callable], count: int) -> list[float]:
-        """`count` times of one call, launched one after the other as a user would; each a mean over walks of the calls."""
+        """`count` times of one call as a user launches it, one after the other; each a mean over walks of the calls."""
         repeats = -(-CALLS_IN_GRAPH // len(calls))
         pairs = [_event_pair() for _ in range(count)]
         calls[0]()

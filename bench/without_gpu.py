@@ -70,7 +70,7 @@ def _print_machine_code(family: str, folder) -> None:
 
 
 def _show_recorded(family: str, folder, args) -> None:
-    """Table and charts of what was recorded. The charts go to build/, or --out: looking must not change the checkout."""
+    """Table and charts of what was recorded. Charts go to build/, or --out: looking must not change the checkout."""
     from bench.runner import recorded_on, show
 
     records = results.newest(results.load(folder, family))

@@ -92,6 +92,9 @@ class Entry:
                 calls, milliseconds = self.walk.calls, self.clock.replays(self.walk, 1)[0]
                 reason = self._first_wrong(self.walk.results)
             elif timing == "eager":
+                for call in self.calls:
+                    if call.bound.out is not None:
+                        gate.poison(call.bound.out)
                 milliseconds = self.clock.eager(self.calls, 1)[0]
                 calls, reason = max(len(self.calls), 20), self._first_wrong([call.last for call in self.calls])
             else:
@@ -318,11 +321,10 @@ class Worker:
         """Starts the process without waiting for it."""
         if self._process is not None:
             return
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the process
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.worker", self.device], cwd=ROOT, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self._log, text=True, start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
+        self._log = tempfile.TemporaryFile()  # lives as long as the process
+        command = [sys.executable, "-m", "bench.worker", self.device]
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
+        self._process = subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, **streams)
         self._answers: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=_pump, args=(self._process.stdout, self._answers), daemon=True).start()
         self._loaded = False
@@ -330,7 +332,7 @@ class Worker:
     def ask(self, do: str, timeout: float = 60.0, **request) -> Any:
         """The answer to a request, within `timeout` seconds.
 
-        Raises NotHere and Failed with the process's reason; WorkerLost where it is gone: the next request starts another.
+        Raises NotHere and Failed with the process's reason; WorkerLost where it is gone (the next request starts one).
         """
         self.start()
         if not self._loaded:
