@@ -68,8 +68,9 @@ test-tritons:  ## the tests under each Triton of TRITONS, in .venvs/
 lint: $(call built,$(LINT_PY))  ## ruff
 	$(LINT_PY) -m ruff check .
 
-readme: $(call built,$(PY))  ## the README's tables, written from the records
-	$(PY) -m bench.tables --write README.md
+readme: $(call built,$(PY))  ## charts, and the tables of README.md and docs/, from the records
+	$(PY) -m bench.charts results/nvidia-h200
+	$(PY) -m bench.tables --write README.md docs/*.md
 
 gpu-info: $(call built,$(PY))  ## the GPU found here, and which versions run on it
 	@$(PY) -m bench.tables --gpu-info

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from bench.cases import DTYPES, ITEMSIZE, short
 from bench.results import PASS, Record, is_stale
+from common.lineage import versions_of
 
 METRIC = {"prefill": ("tflops", "TFLOP/s"), "decoding": ("gbps", "GB/s")}
 TIMING = {"prefill": "events", "decoding": "graph"}  # what a family's speed means where nothing else is said
@@ -68,8 +69,14 @@ class Cell(NamedTuple):
 
 
 def mark_stale(records: Iterable[Record]) -> list[Record]:
-    """The records, with stale=True on those of versions whose code is not what was measured any more."""
-    return [record | {"stale": True} if is_stale(record) else record for record in records]
+    """The records, each with "stale": whether it is of a version whose code is not what was measured any more."""
+    return [record if "stale" in record else record | {"stale": is_stale(record)} for record in records]
+
+
+def book_of(records: Iterable[Record], family: str) -> "Book":
+    """The records as a Book, beside the lineage as it stands: what is stale, and which version is whose parent."""
+    parents = {version.name: version.parent and f"v{version.parent}" for version in versions_of(family)}
+    return Book(mark_stale(record for record in records if record["family"] == family), family, parents)
 
 
 def digest(records: Iterable[Record]) -> str:
@@ -93,21 +100,18 @@ def version_number(name: str) -> int:
 
 
 class Book:
-    """One family's records, found by who, what and how.
-
-    records: dicts with the fields of docs/method.md; parents: {"v2": "v1"}, by default the version before.
-    """
+    """One family's records, found by who, what and how. parents: {"v2": "v1"}, by default the version before."""
 
     def __init__(self, records: Iterable[Record], family: str, parents: dict[str, str | None] | None = None):
         self.family = family
         self.metric, self.unit = METRIC[family]
-        of_family = [r for r in records if r.get("family") == family]
-        self.records = [r for r in of_family if r.get("pass") == PASS[family] and r.get("role") in ("version", "peer")]
-        self.ceilings = [r for r in of_family if r.get("role") == "ceiling" and r["version"] == CEILING[family]]
+        self.given = [r for r in records if r["family"] == family]
+        self.records = [r for r in self.given if r["pass"] == PASS[family] and r["role"] != "ceiling"]
+        self.ceilings = [r for r in self.given if r["role"] == "ceiling" and r["version"] == CEILING[family]]
         self.versions = sorted({r["version"] for r in self.records if r["role"] == "version"}, key=version_number)
         self.peers = sorted({r["version"] for r in self.records if r["role"] == "peer"})
         before = dict(zip(self.versions, [None, *self.versions], strict=False))
-        self.parents = {v: (parents or before).get(v) for v in self.versions}
+        self.parents = before | (parents or {})
         self._found = defaultdict(dict)  # (who, variant, timing, cell) -> {run_id: record}
         for record in sorted(self.records, key=lambda r: not r.get("stale")):
             runs = self._found[self._key(record)]
@@ -177,9 +181,9 @@ class Book:
         found = [c for c in self.ceilings if c["run_id"] == record["run_id"] and c.get(self.metric)]
         if self.family == "prefill":
             dtype = "e4m3" if record["dtype"] == "e5m2" else record["dtype"]  # there is no product of two e5m2 matrices
-            return next((c for c in found if c["dtype"] == dtype), None)
+            return next((c for c in reversed(found) if c["dtype"] == dtype), None)  # a run's last one has most samples
         size = math.log(kv_bytes(record))
-        return min(found, key=lambda c: abs(math.log(c.get("bytes") or 2**62) - size), default=None)
+        return min(reversed(found), key=lambda c: abs(math.log(c.get("bytes") or 2**62) - size), default=None)
 
     def of_ceiling(self, record: Record | None) -> float | None:
         """Speed as a share of the ceiling; it may pass 1."""
@@ -251,7 +255,7 @@ def sweeps(cells: Iterable[Cell]) -> dict[Sweep, list[Cell]]:
     for (dtype, head_dim, causal, heads_q, heads_kv, rest, _), group in alike.items():
         for cell in group:
             tokens = cell.batch * cell.seqlen_k
-            of_tokens = {c.seqlen_k for c in group if c.batch * c.seqlen_k == tokens}
+            of_tokens = {c.seqlen_k for c in group if c.batch * c.seqlen_k == tokens and c.seqlen_q > 1}
             of_batch = {c.seqlen_k for c in group if c.batch == cell.batch}
             size = (None, tokens) if len(of_tokens) > len(of_batch) else (cell.batch, None)
             found[Sweep(dtype, head_dim, causal, heads_q, heads_kv, *size, rest)].append(cell)

@@ -24,7 +24,7 @@ from bench.book import (
     TIMING,
     Book,
     Cell,
-    mark_stale,
+    book_of,
     measured_on,
     passed,
     sweeps,
@@ -104,12 +104,12 @@ def _table(rows: list[dict], fmt: str) -> str:
 # ---- the terminal
 
 
-def terminal_table(records: Iterable[Record], family: str, parents: dict | None = None, fmt: str = "simple") -> str:
+def terminal_table(records: Iterable[Record], family: str, fmt: str = "simple") -> str:
     """Every shape as a table, versions first, then peers, fastest first; then the ladder, and the strongest peers.
 
-    A red gate gives its reason, and no time. parents: {"v2": "v1"}, by default the version before.
+    A red gate gives its reason, and no time.
     """
-    book = Book(records, family, parents)
+    book = book_of(records, family)
     if not book.records:
         return NO_RECORDS
     summary = [ladder_table(book, fmt), peers_table(book, fmt)]
@@ -207,16 +207,16 @@ def peers_table(book: Book, fmt: str, dtypes: tuple = HALF) -> str | None:
     return f"{title}\n\n{_table(rows, fmt)}" if rows else None
 
 
-def comparison_table(old: Iterable[Record], new: Iterable[Record], family: str, fmt: str = "simple") -> str:
+def comparison_table(old: Iterable[Record], new: Iterable[Record], fmt: str = "simple") -> str:
     """What got slower or faster from the old records to the new, beyond noise, slowest first.
 
     results.changes decides what noise is. How the peers changed is said first: that is what the machine did.
     """
-    of_family = [[r for r in records if r["family"] == family and r["role"] != "ceiling"] for records in (old, new)]
-    both = results.changes(*of_family)
+    both = [change for change in results.changes(old, new) if change.new["role"] != "ceiling"]
     if not both:
         return "The two runs have no measurement in common."
-    before, after = Book(of_family[0], family), Book(of_family[1], family)
+    family = both[0].new["family"]
+    before, after = (Book([getattr(change, when) for change in both], family) for when in ("old", "new"))
     order = {"broke": -math.inf, "mended": math.inf}
     moved = sorted((c for c in both if c.verdict != "same"), key=lambda c: order.get(c.verdict, c.ratio))
     lines = [f"{len(both)} measurements in common, {len(both) - len(moved)} of them the same within noise."]
@@ -343,8 +343,7 @@ def _shown(make: Callable[[Shown], str | None], family: str) -> Callable[[], str
         folder = results.RESULTS / SHOWN
         records = results.load(folder, family)
         versions = {version.name: version for version in versions_of(family)}
-        book = Book(mark_stale(records), family, {v.name: v.parent and f"v{v.parent}" for v in versions.values()})
-        return make(Shown(book, results.load_envs(folder, family), versions)) if records else None
+        return make(Shown(book_of(records, family), results.load_envs(folder, family), versions)) if records else None
 
     return generate
 
