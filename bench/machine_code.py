@@ -498,7 +498,7 @@ def machine_code_table(family: str, gpu: GPU | str, fmt: str = "simple", **shape
 
 def number(value) -> str:
     """1234, 87.5, and text as it is."""
-    return f"{value:g}" if isinstance(value, int | float) and abs(value) < 1e5 else str(value)
+    return str(round(value, 1)).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,128 @@
+"""What every version compiles to, through its real launch function, on GPUs that are not here."""
+
+import re
+
+import pytest
+
+from bench.disassembly import main_loops
+from bench.machine_code import CompileError, compile_version, facts
+from common.hardware import KNOWN
+from common.lineage import FAMILIES, find_version, versions_of
+
+NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+FP8_ARCHS = ("sm_89", "sm_90", "sm_100", "sm_120")
+
+
+def cells():
+    """(version, arch, dtype, head_dim, causal): fp16 in full, the others where they differ."""
+    for family in FAMILIES:
+        masks = (False, True) if family == "prefill" else (False,)
+        for version in versions_of(family):
+            fp16 = [(arch, "fp16", d, causal) for arch in KNOWN for d in (64, 128, 256) for causal in masks]
+            bf16 = [(arch, "bf16", 128, False) for arch in ("sm_80", "sm_90", "gfx942")]
+            fp32 = [(arch, "fp32", 128, False) for arch in KNOWN]
+            fp32 += [(arch, "fp32", d, False) for arch in ("sm_80", "sm_86", "sm_90") for d in (64, 256)]
+            fp8 = [(arch, "e4m3", d, False) for arch in FP8_ARCHS for d in (64, 128, 256)] + [
+                ("sm_90", "e5m2", 128, True)
+            ]
+            for arch, dtype, head_dim, causal in fp16 + bf16 + fp32 + fp8:
+                if version.why_not(KNOWN[arch], dtype) is None:
+                    yield version, arch, dtype, head_dim, causal
+
+
+def cell_id(cell):
+    version, arch, dtype, head_dim, causal = cell
+    return f"{version.family}-{version.name}-{arch}-{dtype}-{head_dim}-{'causal' if causal else 'full'}"
+
+
+@pytest.mark.parametrize("cell", [pytest.param(cell, id=cell_id(cell)) for cell in cells()])
+def test_default_tiles(cell):
+    """No spills, shared memory within the limit, 64-bit offsets; and one turn of a loop is one tile, as counts assume."""
+    version, arch, dtype, head_dim, causal = cell
+    kernels = compile_version(version, arch, dtype=dtype, head_dim=head_dim, causal=causal)
+    assert {kernel.kernel for kernel in kernels if kernel.own} == {kernel.fn.__name__ for kernel in version.kernels}
+    for kernel in kernels:
+        found = facts(kernel)
+        assert found["spills"] == 0, f"{kernel.kernel} {kernel.constants}: {found}"
+        assert found["shared"] <= found["shared_limit"], f"{kernel.kernel} {kernel.constants}: {found}"
+    first = next(kernel for kernel in kernels if kernel.own)
+    assert narrow_offsets(first.text["ttir"]) == []
+    if "sass" in first.text:  # were a loop unrolled by ptxas, this would be more
+        assert sum(i.kind == "exponentials" for i in first.code.instructions) == first.text["ptx"].count("ex2.approx")
+
+
+def narrow_offsets(ttir: str) -> list[str]:
+    """Steps by a 32-bit number from the address of a tensor of q's dtype: they overflow at 2^31 elements."""
+    signature = next(line for line in ttir.splitlines() if "tt.func public" in line)
+    pointers = re.findall(r"(%\w+): !tt\.ptr<(\w+)>", signature)
+    tensors = {name for name, element in pointers if element == pointers[0][1]}
+    steps = re.findall(r"tt\.addptr (%\w+), (.*?): .*, (\S+)", ttir)
+    return [f"{name} + {offset}" for name, offset, kind in steps if name in tensors and kind != "i64"]
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_division_leaves_the_loop(arch, head_dim):
+    """v1 normalises in the loop, v2 behind it."""
+    for name, inside in (("v1", True), ("v2", False)):
+        kernel = compile_version(find_version("prefill", name), arch, head_dim=head_dim)[0]
+        assert kernel.main_loops
+        for loop in kernel.main_loops:
+            assert bool(loop.has("MUFU.RCP")) == inside, f"{name}: {loop.opcodes}"
+        assert any(i.opcode.startswith("MUFU.RCP") for i in kernel.code.instructions)
+
+
+def product_lines(kernel, loop) -> set[int]:
+    """Source lines of the loop's tensor-core instructions."""
+    inside = [kernel.code.instructions[i] for i in loop.body]
+    return {i.places[0].line for i in inside if i.kind == "tensor core"}
+
+
+@pytest.mark.parametrize("arch", [*NVIDIA, "gfx942"])
+def test_block_loads_and_both_products_are_in_the_loop(arch):
+    """A block pointer that does not advance has its loads hoisted out of the loop, which the interpreter cannot see."""
+    kernel = compile_version(find_version("prefill", "v3"), arch)[0]
+    for loop in kernel.main_loops:
+        assert len(product_lines(kernel, loop)) == 2
+        loads = sum(count for kind, count in loop.counts.items() if kind.startswith("global loads"))
+        threads = kernel.warps * (64 if arch == "gfx942" else 32)
+        assert loads == 2 * kernel.constants["BLOCK_N"] * 128 * 2 / (16 * threads)  # K and V, 16 bytes a thread
+
+
+@pytest.mark.parametrize("dtype", ["e4m3", "e5m2"])
+@pytest.mark.parametrize("arch", FP8_ARCHS)
+def test_fp8_products(arch, dtype):
+    """Both products of every FP8 version run on the FP8 tensor cores."""
+    for version in versions_of("prefill"):
+        if version.why_not(KNOWN[arch], dtype):
+            continue
+        kernel = next(k for k in compile_version(version, arch, dtype=dtype) if k.own)
+        for loop in kernel.main_loops:
+            eight_bits = loop.has("QMMA") + loop.has("QGMMA") + loop.has("UTCQMMA")
+            assert loop.counts["tensor core"] == eight_bits > 0
+            assert len(product_lines(kernel, loop)) == 2
+            if arch == "sm_90":
+                bytewise = [opcode for opcode in loop.opcodes if re.match(r"(LDG|LDS|LDL|LD)\b.*\.[US]8", opcode)]
+                assert bytewise == [] and loop.counts["shared stores"] == 0, f"{version.name}: {loop.opcodes}"
+
+
+def test_a_version_that_cannot_run_there_says_why():
+    with pytest.raises(CompileError, match="^v1 on sm_90: has no FP8 path$"):
+        compile_version(find_version("prefill", "v1"), "sm_90", dtype="e4m3")
+    with pytest.raises(CompileError, match="8.9, this is 8.0"):
+        compile_version(find_version("prefill", "v3"), "sm_80", dtype="e4m3")
+    with pytest.raises(ValueError, match="there are sm_80"):
+        compile_version(find_version("prefill", "v3"), "sm_13")
+
+
+def test_tiles_that_do_not_fit_compile_and_show_it():
+    tiles = (128, 128, 8, 5)
+    kernel = compile_version(find_version("prefill", "v2"), "sm_90", tiles=tiles)[0]
+    assert facts(kernel)["shared"] > facts(kernel)["shared_limit"]
+    assert (kernel.constants["BLOCK_M"], kernel.constants["BLOCK_N"], kernel.warps) == tiles[:3]
+
+
+def test_main_loops_are_innermost():
+    kernel = compile_version(find_version("prefill", "v2"), "sm_100")[0]  # has waits that loop inside the loop
+    assert len(kernel.loops) > len(kernel.main_loops) > 0
+    assert kernel.main_loops == main_loops(kernel.loops)
