@@ -37,7 +37,7 @@ def cell_id(cell):
 
 @pytest.mark.parametrize("cell", [pytest.param(cell, id=cell_id(cell)) for cell in cells()])
 def test_default_tiles(cell):
-    """No spills, shared memory within the limit, 64-bit offsets; and one turn of a loop is one tile, as counts assume."""
+    """No spills, shared memory within the limit, 64-bit offsets; a turn of a loop is one tile, as counts assume."""
     version, arch, dtype, head_dim, causal = cell
     kernels = compile_version(version, arch, dtype=dtype, head_dim=head_dim, causal=causal)
     assert {kernel.kernel for kernel in kernels if kernel.own} == {kernel.fn.__name__ for kernel in version.kernels}
