@@ -12,6 +12,7 @@ FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 FP8_CAPABILITY = (8, 9)
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 65535  # of the grid's second axis
+MAX_ROW_STRIDE = 2**22  # 512 rows of a block stay inside int32; other offsets are int64
 MAX_SEQLEN = 2**30  # positions, and position + block, stay inside int32
 
 
@@ -82,7 +83,7 @@ class AttentionProblem:
     @property
     def group(self) -> int:
         """Query heads that share one KV head."""
-        return self.heads_q // self.heads_kv
+        return self.heads_q // max(self.heads_kv, 1)
 
     def result(self):
         """What the caller gets: out, or (out, lse); [S, H, D] and [H, S] where the call had three dimensions."""
@@ -116,9 +117,9 @@ class AttentionProblem:
         self.batch, self.heads_q, self.seqlen_q, self.head_dim = q.shape
         _, self.heads_kv, self.seqlen_k, _ = k.shape
         self._check_shapes(q, k, v)
-        self.q, self.k = last_contiguous(q), last_contiguous(k)
+        self.q, self.k = addressable(q), addressable(k)
         # float8 values are wanted the other way round, keys contiguous: quantize.py sees to that
-        self.v = v if v.dtype.itemsize == 1 else last_contiguous(v)
+        self.v = v if v.dtype.itemsize == 1 else addressable(v)
 
     def _check_dtype(self, dtype, use_fp8, fp8_dtype):
         if not use_fp8:
@@ -223,12 +224,15 @@ class AttentionProblem:
             raise TypeError(f"out: must be {'float16 or bfloat16' if self.fp8 else dtype}, it is {out.dtype}")
         if out.stride(-1) != 1 and out.shape[-1] > 1:
             raise ValueError(f"out: its last dimension must be contiguous, its strides are {list(out.stride())}")
+        if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+            raise ValueError(f"out: its elements must not share memory, its strides are {list(out.stride())}")
         return out.transpose(0, 1).unsqueeze(0) if self.rank3 else out
 
 
-def last_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """x itself where its last dimension is contiguous, else a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def addressable(x: torch.Tensor) -> torch.Tensor:
+    """x [B, H, S, D] itself where its last dimension is contiguous and its rows are not too far apart, else a copy."""
+    contiguous = x.stride(-1) == 1 or x.shape[-1] == 1
+    return x if contiguous and x.stride(-2) <= MAX_ROW_STRIDE else x.contiguous()
 
 
 def _checked_scale(scale, head_dim) -> float:

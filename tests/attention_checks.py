@@ -1,0 +1,259 @@
+"""What the tests of the kernels share: cases, tensors in many layouts amid NaN, calls in poisoned memory, limits."""
+
+import contextlib
+import math
+import mmap
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import pytest
+import torch
+
+from common.hardware import detect_gpu, interpreting
+from common.launch import Tiles
+from common.lineage import versions_of
+from common.problem import FP8
+from common.reference import attention_oracle, eager_attention
+
+TORCH_DTYPE = {
+    "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "e4m3": torch.bfloat16, "e5m2": torch.float16
+}  # fmt: skip
+HALF_AND_FULL = ("fp32", "fp16", "bf16")
+FP8_LIMIT = {"e4m3": 0.06, "e5m2": 0.13}  # relative L2, for N(0, 1) inputs
+FLOOR = {"fp32": 1e-6, "fp16": 1e-4, "bf16": 1e-3}  # where eager PyTorch happens to be exact
+LSE_LIMIT = 2e-5  # absolute, and relative above 1; eager PyTorch at 16 bits is far off
+SERVE_EVERYTHING = {"prefill": 4, "decoding": 1}  # versions up to here may decline nothing
+
+needs_gpu = pytest.mark.skipif(interpreting(), reason="needs a GPU")
+
+
+def all_versions(*families: str):
+    """Parametrises a test over every version that exists, v9 included once there is one."""
+    found = [(family, version) for family in families for version in versions_of(family)]
+    ids = [version.name if len(families) == 1 else f"{family}-{version.name}" for family, version in found]
+    return pytest.mark.parametrize("version", [version for _, version in found], ids=ids)
+
+
+def table(names: str, cases: dict):
+    """Parametrises a test over a dict, its keys the ids."""
+    return pytest.mark.parametrize(names, list(cases.values()), ids=list(cases))
+
+
+# ---- cases and tensors
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention call: shapes, mask, memory layout."""
+
+    batch: int = 1
+    heads_q: int = 2
+    heads_kv: int = 2
+    seqlen_q: int = 1
+    seqlen_k: int = 33
+    head_dim: int = 64
+    causal: bool | None = None  # None: the family has no such option
+    window: tuple | None = None
+    lengths_q: tuple | None = None
+    lengths_k: tuple | None = None
+    scale: float | None = None
+    layout: str | tuple = "padded"  # one for all, or one each for q, k, v
+
+    def options(self, device) -> dict:
+        """The keyword arguments of the call, which the oracle and eager PyTorch take too."""
+        given = {"is_causal": self.causal, "window": self.window, "scale": self.scale}
+        for name, lengths in (("seqlens_q", self.lengths_q), ("seqlens_k", self.lengths_k)):
+            given[name] = None if lengths is None else torch.tensor(lengths, dtype=torch.int32, device=device)
+        return {name: value for name, value in given.items() if value is not None}
+
+    def tensors(self, dtype: str, device, seed: int = 0) -> list[torch.Tensor]:
+        """q, k, v: N(0, 1), the same values on every device, in the case's layout."""
+        random = torch.Generator().manual_seed(seed)
+        shapes = [(self.batch, self.heads_q, self.seqlen_q), *[(self.batch, self.heads_kv, self.seqlen_k)] * 2]
+        layouts = (self.layout,) * 3 if isinstance(self.layout, str) else self.layout
+        values = [torch.randn(*shape, self.head_dim, generator=random) for shape in shapes]
+        return [store(x.to(device, TORCH_DTYPE[dtype]), y) for x, y in zip(values, layouts, strict=True)]
+
+
+def _padded(new, b, h, s, d):
+    """Gaps in every dimension, and every row on 16 bytes."""
+    return new(b + 1, s + 16, h + 1, 16 * math.ceil(d / 16) + 16)[1:, 8 : 8 + s, 1:, :d].transpose(1, 2)
+
+
+# Views [B, H, S, D] into memory that new(*sizes) makes.
+LAYOUTS = {
+    "bhsd": lambda new, b, h, s, d: new(b, h, s, d),
+    "bshd": lambda new, b, h, s, d: new(b, s, h, d).transpose(1, 2),
+    "padded": _padded,
+    "sliced": lambda new, b, h, s, d: new(b + 1, h + 1, s + 3, d + 5)[1:, 1:, 2 : 2 + s, 3 : 3 + d],
+    "packed": lambda new, b, h, s, d: new(b, s, h, 3, d)[:, :, :, 1].transpose(1, 2),
+    "unaligned": lambda new, b, h, s, d: new(1 + b * h * s * d)[1:].view(b, h, s, d),
+    "last-strided": lambda new, b, h, s, d: new(b, h, d, s).transpose(2, 3),
+    "one-head": lambda new, b, h, s, d: new(b, 1, s, d).expand(b, h, s, d),
+    "one-sequence": lambda new, b, h, s, d: new(1, h, s, d).expand(b, h, s, d),
+}
+
+
+def store(values: torch.Tensor, layout: str) -> torch.Tensor:
+    """`values` [B, H, S, D] in a layout; every other element of the memory is NaN. Expanded layouts keep one copy."""
+
+    def new(*sizes):
+        return torch.full(sizes, math.nan, dtype=values.dtype, device=values.device)
+
+    view = LAYOUTS[layout](new, *values.shape)
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in view.stride())
+    view[once].copy_(values[once])
+    return view
+
+
+def huge(shape: tuple, strides: tuple, dtype, device) -> torch.Tensor:
+    """A view that spans billions of elements; on the CPU, pages that nobody touches do not exist.
+
+    It starts 2^31 elements into its memory, so that an offset that wraps finds a wrong number and not a fault.
+    """
+    elements = 2**31 + 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if device.type == "cpu":
+        NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python knows it from 3.13 on
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
+        memory = torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize, flags), dtype=dtype)
+    elif elements * dtype.itemsize > torch.cuda.mem_get_info()[0]:
+        pytest.skip(f"needs {elements * dtype.itemsize >> 30} GiB of GPU memory")
+    else:
+        memory = torch.empty(elements, dtype=dtype, device=device)
+    return memory[2**31 :].as_strided(shape, strides)
+
+
+# ---- calls
+
+
+@contextlib.contextmanager
+def poisoned_memory():
+    """Whatever is allocated inside holds 0xFF bytes, NaN in every float format: an element never written shows."""
+
+    def poisoned(function):
+        def allocate(*args, **kwargs):
+            made = function(*args, **kwargs)
+            if made.device.type != "meta" and made.numel():
+                made.untyped_storage().fill_(255)
+            return made
+
+        return allocate
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in (
+            (torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")
+        ):  # fmt: skip
+            stack.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name))))
+        yield
+
+
+def tensor_bytes(x: torch.Tensor) -> torch.Tensor:
+    """The bits of x, to compare where NaN must equal NaN."""
+    return x.contiguous().reshape(-1).view(torch.uint8)
+
+
+def storage_bytes(x: torch.Tensor) -> torch.Tensor:
+    """A copy of all memory that x is a view into."""
+    return torch.tensor([], dtype=torch.uint8, device=x.device).set_(x.untyped_storage()).clone()
+
+
+def skip_unless_served(version, q, k, v, arguments: dict, dtype: str = "fp16") -> dict:
+    """The arguments that this version serves: without `tiles` if it declines them. Skips, with the reason, if none."""
+    reason = version.why_not(detect_gpu(), dtype)
+    if reason:
+        pytest.skip(f"{version.name} {reason}")
+    reason = version.declines(q, k, v, **arguments)
+    if reason and arguments.get("tiles"):
+        arguments = arguments | {"tiles": None}
+        reason = version.declines(q, k, v, **arguments)
+    if reason:
+        assert version.number > SERVE_EVERYTHING[version.family], f"{version.name} must serve every call: {reason}"
+        pytest.skip(f"{version.name} {reason}")
+    return arguments
+
+
+def call(version, q, k, v, dtype: str = "fp16", **arguments):
+    """version.call in poisoned memory; q, k and v must come out as they went in. dtype "e4m3", "e5m2": use_fp8."""
+    if dtype in FP8_LIMIT:
+        arguments |= {"use_fp8": True, "fp8_dtype": dtype}
+    arguments = skip_unless_served(version, q, k, v, arguments, dtype)
+    before = [tensor_bytes(x).clone() for x in (q, k, v)]
+    with poisoned_memory():
+        result = version.call(q, k, v, **arguments)
+    for name, x, was in zip("qkv", (q, k, v), before, strict=True):
+        assert torch.equal(tensor_bytes(x), was), f"{name} was modified"
+    return result
+
+
+def small_tiles(version) -> Tiles | None:
+    """Tiles of 32: several blocks in each direction already at 70 rows and keys."""
+    return Tiles(32, 32, 4, 2) if version.family == "prefill" else Tiles(1, 32, 4, 2)
+
+
+# ---- verdicts
+
+
+def relative_error(actual: torch.Tensor, wanted: torch.Tensor) -> float:
+    """|actual - wanted| / |wanted| in float64; the absolute error where wanted is 0."""
+    norm = wanted.double().norm().item()
+    return (actual.double() - wanted.double()).norm().item() / (norm or 1.0)
+
+
+def error_limit(q, k, v, dtype: str, **options) -> float:
+    """Twice eager PyTorch's error at the same precision. FP8: fixed, or 1.5 times what rounding q, k, v alone costs."""
+    wanted = attention_oracle(q, k, v, **options)
+    if not wanted.any():
+        return 0.0
+    if dtype in FP8_LIMIT:
+        rounded = attention_oracle(*(round_fp8(x, dtype) for x in (q, k, v)), **options)
+        return max(FP8_LIMIT[dtype], 1.5 * relative_error(rounded, wanted))
+    return max(2 * relative_error(eager_attention(q, k, v, **options), wanted), FLOOR[dtype])
+
+
+def round_fp8(x: torch.Tensor, dtype: str) -> torch.Tensor:
+    """x [B, H, S, D] as float8 with one scale a head would hold it, in float32."""
+    if not x.numel():
+        return x
+    descale = x.float().abs().amax((2, 3), keepdim=True) / torch.finfo(FP8[dtype]).max
+    return (x.float() * (1.0 / descale)).to(FP8[dtype]).float() * descale
+
+
+def assert_close(out, q, k, v, dtype: str, limit: float | None = None, lse=None, **options):
+    """out [B, Hq, Sq, D], and lse if given, agree with the oracle on q, k, v."""
+    wanted, wanted_lse = attention_oracle(q, k, v, return_lse=True, **options)
+    assert out.shape == q.shape and out.device == q.device
+    assert out.dtype == q.dtype
+    assert torch.isfinite(out).all(), f"{(~torch.isfinite(out)).sum()} of {out.numel()} elements are not finite"
+    sees_nothing = wanted_lse == -math.inf
+    assert (out[sees_nothing] == 0).all(), "rows that see no key must be 0"
+    error = relative_error(out, wanted)
+    limit = error_limit(q, k, v, dtype, **options) if limit is None else limit
+    assert error <= limit, f"relative error {error:.3g}, the limit is {limit:.3g}"
+    if lse is not None:
+        if dtype in FP8_LIMIT:  # of rounded q and k it is exact: it sums the weights before they become float8
+            _, wanted_lse = attention_oracle(round_fp8(q, dtype), round_fp8(k, dtype), v, return_lse=True, **options)
+        assert_lse_close(lse, wanted_lse)
+
+
+def assert_lse_close(lse, wanted):
+    """lse is float32, -inf exactly where the oracle's is, and near it elsewhere."""
+    assert lse.dtype == torch.float32 and lse.shape == wanted.shape
+    empty = wanted == -math.inf
+    assert torch.equal(lse == -math.inf, empty), "LSE must be -inf for rows that see no key, and for no other"
+    error = (lse.double() - wanted).abs() / wanted.abs().clamp(min=1.0)
+    worst = error[~empty].max().item() if (~empty).any() else 0.0
+    assert worst <= LSE_LIMIT, f"LSE error {worst:.3g}, the limit is {LSE_LIMIT:.3g}"
+
+
+def check(version, case: Case, dtype: str, device, *, tiles=None, seed: int = 0, limit=None, **more):
+    """Run a case and compare output and LSE with the oracle. Returns the output."""
+    q, k, v = case.tensors(dtype, device, seed)
+    options = case.options(device)
+    out, lse = call(version, q, k, v, dtype, return_lse=True, tiles=tiles, **options, **more)
+    assert_close(out, q, k, v, dtype, limit, lse, **options)
+    return out
+
+
+def vary(case: Case, **changes) -> Case:
+    """The case with some of it changed."""
+    return replace(case, **changes)

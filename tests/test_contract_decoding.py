@@ -1,0 +1,204 @@
+"""The contract that every decoding version keeps. Each test names the class of bug that it guards against."""
+
+import math
+
+import pytest
+import torch
+from attention_checks import (
+    HALF_AND_FULL,
+    Case,
+    all_versions,
+    assert_close,
+    assert_lse_close,
+    call,
+    check,
+    huge,
+    needs_gpu,
+    skip_unless_served,
+    small_tiles,
+    storage_bytes,
+    store,
+    table,
+    vary,
+)  # fmt: skip
+
+from common.hardware import KNOWN, pretend
+from common.reference import attention_oracle
+
+every_version = all_versions("decoding")
+
+SHAPES = {
+    "D1-mqa-37": Case(2, 3, 1, seqlen_k=37, head_dim=1),
+    "D59-1": Case(2, 2, 2, seqlen_k=1, head_dim=59),
+    "D64-gqa-256": Case(1, 8, 2, seqlen_k=256, head_dim=64),
+    "D80-mqa-130": Case(3, 4, 1, seqlen_k=130, head_dim=80, lengths_k=(130, 0, 77)),
+    "D111-65": Case(2, 2, 2, seqlen_k=65, head_dim=111, scale=-0.3),
+    "D128-gqa-515": Case(1, 6, 2, seqlen_k=515, head_dim=128),
+    "D256-300": Case(1, 1, 1, seqlen_k=300, head_dim=256, lengths_k=(299,)),
+}
+
+
+@every_version
+@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+@table("case", SHAPES)
+def test_shapes(version, dtype, case, device):
+    """Head dimensions hard-coded or not a power of two; tails of keys and columns; the head index of GQA and MQA."""
+    check(version, case, dtype, device)
+
+
+@every_version
+@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+@pytest.mark.parametrize("num_splits", [1, 2, 3, 5, 34])
+def test_splits(version, num_splits, dtype, device):
+    """Splits without a key, more splits than blocks or than a step of the merge takes: exp(-inf + inf), no weights."""
+    case = Case(3, 1, 1, seqlen_k=130, head_dim=32, lengths_k=(130, 0, 33))
+    check(version, case, dtype, device, tiles=small_tiles(version), num_splits=num_splits)
+
+
+LAYOUTS = {
+    "bhsd": "bhsd",
+    "bshd": "bshd",
+    "sliced": "sliced",
+    "packed": "packed",
+    "unaligned": "unaligned",
+    "last-strided": "last-strided",
+    "one-kv-head": ("bshd", "one-head", "one-head"),
+    "one-sequence": "one-sequence",
+    "all-different": ("bhsd", "packed", "last-strided"),
+}
+
+
+@every_version
+@table("layout", LAYOUTS)
+def test_layouts(version, layout, device):
+    """Strides assumed or exchanged, stride 0, pointers that are not aligned, reads between and beside the rows."""
+    case = Case(2, 2, 2, seqlen_k=75, head_dim=40, layout=layout)
+    check(version, case, "bf16", device, tiles=small_tiles(version), num_splits=2)
+
+
+@every_version
+def test_nan_past_the_lengths(version, device):
+    """0 * NaN: the unused part of a cache holds anything, and must not be seen."""
+    case = Case(2, 2, 1, seqlen_k=130, head_dim=32, lengths_k=(40, 97))
+    q, k, v = case.tensors("fp16", device)
+    arguments = case.options(device) | {"num_splits": 3, "tiles": small_tiles(version)}
+    clean = call(version, q, k, v, **arguments)
+    for b, length in enumerate(case.lengths_k):
+        k[b, :, length:] = v[b, :, length:] = math.nan
+    assert torch.equal(call(version, q, k, v, **arguments), clean)
+
+
+LOGITS = {
+    "all-very-negative": lambda keys: torch.full_like(keys, -4000.0),
+    "all-very-positive": lambda keys: torch.full_like(keys, 4000.0),
+    "first-split-far-below": lambda keys: torch.where(keys < 64, -4000.0, 0.0),
+    "last-split-far-below": lambda keys: torch.where(keys < 64, 0.0, -4000.0),
+    "growing": lambda keys: keys * 64.0,
+}
+
+
+@every_version
+@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+@table("logits", LOGITS)
+def test_large_logits(version, dtype, logits, device):
+    """Finite stand-ins for -inf that real scores fall below; overflow of exp in a split or in the merge."""
+    q, k, v = Case(1, 2, 1, seqlen_k=130, head_dim=32).tensors(dtype, device)
+    q[..., 0] = 64.0  # the logit of key n is logits(n), exact in every dtype, plus N(0, 31)
+    k[..., 0] = (logits(torch.arange(130.0, device=device)) / 64.0).to(k.dtype)
+    arguments = {"scale": 1.0, "return_lse": True, "num_splits": 2, "tiles": small_tiles(version)}
+    out, lse = call(version, q, k, v, **arguments)
+    # logits of thousands carry float32's rounding, up to 2^-12, into the weights
+    assert_close(out, q, k, v, dtype, limit={"fp32": 1e-3, "fp16": 2e-3, "bf16": 1e-2}[dtype], lse=lse, scale=1.0)
+
+
+@every_version
+@pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
+def test_scale(version, scale, device):
+    """A scale that is 0 or negative."""
+    case = Case(2, 2, 2, seqlen_k=70, head_dim=32, scale=scale, lengths_k=(70, 0))
+    check(version, case, "fp32", device, tiles=small_tiles(version), num_splits=2)
+
+
+ZERO_SIZE = {
+    "no-sequences": Case(0, 2, 2, seqlen_k=7, head_dim=16),
+    "no-heads": Case(2, 0, 0, seqlen_k=7, head_dim=16),
+    "no-keys": Case(2, 2, 1, seqlen_k=0, head_dim=16),
+    "no-keys-used": Case(2, 2, 1, seqlen_k=7, head_dim=16, lengths_k=(0, 0)),
+}
+
+
+@every_version
+@pytest.mark.parametrize("num_splits", [None, 3])
+@table("case", ZERO_SIZE)
+def test_zero_size(version, num_splits, case, device):
+    """Empty tensors: divisions by a count of 0, empty grids, an output that nobody writes."""
+    check(version, vary(case, layout="bhsd"), "fp16", device, num_splits=num_splits)
+
+
+@every_version
+@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+@pytest.mark.parametrize("layout", ["padded", "sliced", "bhsd"])
+def test_out(version, dtype, layout, device):
+    """A preallocated output is filled whole, returned itself, and nothing beside it is written."""
+    case = Case(3, 4, 2, seqlen_k=70, head_dim=59, lengths_k=(70, 0, 1), layout=layout)
+    q, k, v = case.tensors(dtype, device)
+    options = case.options(device)
+    given = store(torch.full_like(q, math.nan), layout)
+    before = storage_bytes(given)
+    out = call(version, q, k, v, dtype, out=given, **options)
+    assert out.data_ptr() == given.data_ptr() and out.stride() == given.stride()
+    assert_close(out, q, k, v, dtype, **options)
+    given.fill_(math.nan)
+    assert torch.equal(storage_bytes(given), before), "memory beside the output was written"
+
+
+@every_version
+def test_output_does_not_depend_on_lse(version, device):
+    """return_lse changes what is returned, not the numbers; the same call twice gives the same bits."""
+    q, k, v = Case(2, 2, 1, seqlen_k=130).tensors("fp16", device)
+    out, lse = call(version, q, k, v, return_lse=True)
+    alone = call(version, q, k, v)
+    assert isinstance(alone, torch.Tensor) and torch.equal(alone, out)
+    assert_lse_close(lse, attention_oracle(q, k, v, return_lse=True)[1])
+
+
+@every_version
+def test_grid_axes(version, launches):
+    """65 536 heads and more: only the first axis of a grid is longer than 65 535."""
+    q = torch.empty(700, 100, 1, 16, dtype=torch.float16, device="meta")
+    cache = torch.empty(700, 100, 300, 16, dtype=torch.float16, device="meta")
+    with pretend(KNOWN["sm_90"]):
+        skip_unless_served(version, q, cache, cache, {})
+        version.call(q, cache, cache, return_lse=True, num_splits=4)
+        version.call(q[:1, :1], cache[:1, :1], cache[:1, :1], num_splits=65535)
+    assert launches and all(max(grid[1:], default=1) <= 65535 for grid in launches), launches
+
+
+@needs_gpu
+@every_version
+def test_many_heads(version, device):
+    """The same, run: batch * heads above 65 535."""
+    check(version, Case(700, 100, 100, seqlen_k=5, head_dim=16, layout="bhsd"), "fp16", device)
+
+
+STRIDES = {
+    "sequence": (2**31 + 64, 40 * 16, 16, 1),
+    "head": (40 * 16, 2**31 + 64, 16, 1),
+    "key": (16, 32, 2**26, 1),
+}
+
+
+@every_version
+@pytest.mark.parametrize("which", ["q", "k", "v", "out"])
+@table("strides", STRIDES)
+def test_offsets_beyond_int32(version, which, strides, device, in_place):
+    """Offsets that wrap at 2^31 elements, in each tensor and by each stride."""
+    batch, heads = (2, 1) if strides[0] >= 2**31 else (1, 2)
+    tensors = dict(zip("qkv", Case(batch, heads, heads, 1, 40, 16, layout="bhsd").tensors("fp16", device), strict=True))
+    rows = 1 if which in ("q", "out") else 40
+    far = huge((batch, heads, rows, 16), strides, torch.float16, device)
+    if which != "out":
+        far.copy_(tensors[which])
+        tensors[which] = far
+    out = call(version, **tensors, num_splits=2, **({"out": far} if which == "out" else {}))
+    assert_close(out, **tensors, dtype="fp16")
