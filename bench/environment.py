@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import datetime
 import platform
+import re
 import secrets
 import shlex
 import statistics
 import subprocess
 import threading
-from pathlib import PurePath
 
 import torch
 import triton
@@ -24,7 +24,7 @@ def new_run_id() -> str:
 
 
 def describe(gpu: dict, seed: int, argv: list[str], telemetry: Telemetry) -> dict:
-    """The environment of a run, for FAMILY.env.json. Paths in the command line are cut to their last part."""
+    """The environment of a run, for FAMILY.env.json. Absolute paths in the command line are cut to their last part."""
     return {
         "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
         "gpu": gpu["name"], "arch": gpu["arch"], "sm_count": gpu["sm_count"],
@@ -33,7 +33,8 @@ def describe(gpu: dict, seed: int, argv: list[str], telemetry: Telemetry) -> dic
         "torch": torch.__version__, "triton": triton.__version__, "ptxas": _ptxas(), "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
         "python": platform.python_version(), "seed": seed, "inputs": "N(0, 1)",
-        "command": shlex.join(PurePath(word).name if word.startswith("/") else word for word in argv),
+        "fp8": "versions are timed on float8 inputs: quantising is outside the call",
+        "command": shlex.join(re.sub(r"(^|=)/(\S*/)?", r"\1", word) for word in argv),
         "commit": _commit(),
     }  # fmt: skip
 

@@ -19,8 +19,7 @@ MATMUL = 8192
 COPY_BYTES = 4 << 30
 READ_MB = (34, 134, 268, 537, 1074, 4295)
 SAMPLES = 10
-READ_BLOCK = 8192  # int32 values of one load: 32 a thread, four 16-byte loads in flight at a time and more
-READ_LOADS = 8
+READ_BLOCK, READ_LOADS = 4096, 4  # int32 values of a load, 16 a thread; 64 KB a program, so that 34 MB fill all SMs
 
 
 @dataclass(frozen=True)

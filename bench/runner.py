@@ -22,7 +22,7 @@ from common.hardware import interpreting
 from common.lineage import Version, find_version, parent_of, versions_of
 
 SEED = 0
-FIRST_CALL_S, REQUEST_S, COMPILE_S = 240.0, 90.0, 400.0  # patience with one first call, one request, all compilations
+FIRST_CALL_S, REQUEST_S, TUNE_S = 150.0, 60.0, 240.0  # patience with one first call, one request, one search of tiles
 PEER_MODULES = {
     "fa3": ("flash_attn_interface",),
     "cudnn": ("cudnn", "cudnn_fp8"),
@@ -277,7 +277,7 @@ class Run:
         started = time.perf_counter()
         pairs = [[dataclasses.asdict(case), dataclasses.asdict(entrant)] for case, entrant in kinds.values()]
         try:
-            milliseconds = self.workers["main"].ask("compile", timeout=COMPILE_S, pairs=pairs, seed=SEED)
+            milliseconds = self.workers["main"].ask("compile", timeout=60.0 + len(pairs), pairs=pairs, seed=SEED)
         except (WorkerLost, Failed) as reason:
             self._say(f"compiling ahead failed ({reason}); each kernel compiles at its first call")
             return
@@ -298,7 +298,7 @@ class Run:
         for case, entrant in longest.values():
             try:
                 found = self.workers["main"].ask(
-                    "tune", timeout=COMPILE_S, case=dataclasses.asdict(case), name=entrant.name, seed=SEED
+                    "tune", timeout=TUNE_S, case=dataclasses.asdict(case), name=entrant.name, seed=SEED
                 )
             except (WorkerLost, Failed, NotHere) as reason:
                 self._say(f"{entrant.name} {case.label()}: not tuned: {reason}")

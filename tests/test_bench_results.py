@@ -1,12 +1,13 @@
 """Records: what goes in comes out, nothing is overwritten, stale is told from current, noise from change."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import results
+from bench import environment, results
 from bench.cases import Case
 from bench.runner import ceiling_record, rate_fields
 from common.lineage import versions_of
@@ -136,3 +137,18 @@ def test_the_designs_fields_are_all_named():
         layout page_size num_splits first_call_ms""".split()
     assert set(wanted) == set(results.Record.__annotations__)
     assert json.loads(json.dumps(results.case_fields(CASE)))["pass"] == "fwd"
+
+
+def test_the_environment_names_no_absolute_path():
+    gpu = {"name": "GPU", "arch": "sm_90", "sm_count": 1, "tflops": {}, "gbps": None}
+    telemetry = environment.Telemetry("no such GPU")
+    argv = ["/home/me/run_prefill_bench.py", "--out", "/tmp/there", "--replay=/tmp/a/b", "--seq-lens", "1k"]
+    env = environment.describe(gpu, 3, argv, telemetry)
+    telemetry.close()
+    assert env["command"] == "run_prefill_bench.py --out there --replay=b --seq-lens 1k" and env["seed"] == 3
+    assert not re.search(r"[\s\"=]/\w", json.dumps(env))
+
+
+def test_run_ids_sort_by_time():
+    first, second = environment.new_run_id(), environment.new_run_id()
+    assert first != second and first[:16] <= second[:16] and re.fullmatch(r"\d{8}T\d{6}Z-[0-9a-f]{4}", first)
