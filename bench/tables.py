@@ -28,6 +28,7 @@ from bench.book import (
     measured_on,
     passed,
     sweeps,
+    version_number,
 )
 from bench.cases import FP8, short
 from bench.results import ROOT, Record
@@ -35,15 +36,16 @@ from common.lineage import versions_of
 
 SHOWN = "nvidia-h200"  # whose records README.md and docs/ show
 NO_RECORDS = "No records yet."
-LEFT = ("idea", "title", "shape", "dtype", "worst shape", "best shape", "16 bits", "FP8", "")
+LEFT = ("idea", "with", "shape", "dtype", "worst shape", "best shape", "16 bits", "FP8", "")
 
 
 # ---- numbers as text
 
 
-def geomean(values: Iterable[float]) -> float:
-    values = list(values)
-    return math.exp(sum(map(math.log, values)) / len(values))
+def geomean(values: Iterable[float]) -> float | None:
+    """Geometric mean; None of nothing."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else None
 
 
 def number(value: float | None) -> str:
@@ -69,14 +71,6 @@ def duration(ms: float) -> str:
     return f"{ms:.3f} ms" if ms >= 1 else f"{1000 * ms:.1f} us"
 
 
-def spread(ratios: dict[Cell, float]) -> str:
-    """Geometric mean with the worst and the best cell: "1.42x (0.97x to 1.80x)"."""
-    values = ratios.values()
-    if len(values) < 2:
-        return times(next(iter(values), None))
-    return f"{times(geomean(values))} ({times(min(values))} to {times(max(values))})"
-
-
 def _name(record: Record) -> str:
     return record["version"] + (" (stale)" if record.get("stale") else "")
 
@@ -98,6 +92,9 @@ def _table(rows: list[dict], fmt: str) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     align = ["left" if name in LEFT or name == columns[0] else "right" for name in columns]
     cells = [[row.get(name, "") for name in columns] for row in rows]
+    if fmt == "pipe":  # numbers stay on one line, sentences wrap
+        fixed = [name not in LEFT for name in columns]
+        cells = [[c.replace(" ", "\u00a0") if f else c for c, f in zip(row, fixed, strict=True)] for row in cells]
     return tabulate(cells, columns, tablefmt=fmt, colalign=align, disable_numparse=True)
 
 
@@ -105,15 +102,15 @@ def _table(rows: list[dict], fmt: str) -> str:
 
 
 def terminal_table(records: Iterable[Record], family: str, fmt: str = "simple") -> str:
-    """Every shape as a table, versions first, then peers, fastest first; then the ladder, and the strongest peers.
+    """Every shape as a table, versions first, then peers, fastest first; then gains, peers and the ladder.
 
     A red gate gives its reason, and no time.
     """
     book = book_of(records, family)
     if not book.records:
         return NO_RECORDS
-    summary = [ladder_table(book, fmt), peers_table(book, fmt)]
-    return "\n\n".join([_cell_table(book, cell, fmt) for cell in book.cells] + [text for text in summary if text])
+    summary = [make(book, fmt) for make in (gains_table, peers_table, ladder_table)]
+    return "\n\n".join([*(_cell_table(book, cell, fmt) for cell in book.cells), *filter(None, summary)])
 
 
 def _cell_table(book: Book, cell: Cell, fmt: str) -> str:
@@ -156,32 +153,39 @@ def _cell_row(book: Book, cell: Cell, record: Record) -> dict:
 def ladder_table(book: Book, fmt: str, versions: dict | None = None) -> str | None:
     """A row per version at the headline shape with its gain over its parent across all 16-bit shapes; then the peers.
 
-    versions: {"v1": Version} adds ideas and links to the files.
+    versions: {"v1": Version} adds ideas, links to the files, and versions that were not measured.
     """
-    cell = book.headline()
+    cell, versions = book.headline(), versions or {}
     if cell is None:
         return None
     rows, counted = [], set()
-    for name in book.versions:
-        record, version = book.latest(name, cell), (versions or {}).get(name)
+    for name in sorted({*book.versions, *versions}, key=version_number):
+        record, version = book.latest(name, cell), versions.get(name)
         row = {"": (_link(version) if version else name) + (" (stale)" if book.is_stale(name) else "")}
         row |= {"idea": version.idea} if version else {}
-        row[book.unit] = f"red: {record['gate']}" if record and not passed(record) else _speed(book, record)
+        red = record and not passed(record)
+        row[book.unit] = f"red: {record['gate']}" if red else number(book.speed(record))
         row["of ceiling"] = percent(book.of_ceiling(record))
+        row["over the best peer"] = _over(book.best_peer(name, cell))
         base = book.parents.get(name)
         alone, own = book.ratios(name, base, PARENT), book.ratios(name, base or FIRST_STEP)
-        counted |= own.keys() if base else set()
-        row["gain, idea alone"] = spread(alone)
-        row["gain, own tiles"] = spread(own) + (f" over {FIRST_STEP}" if own and not base else "")
+        counted |= own.keys()
+        row["gain, idea alone"] = times(geomean(alone.values()))
+        row["gain, own tiles"] = times(geomean(own.values())) + (f" over {FIRST_STEP}" if own and not base else "")
         rows.append(row)
-    for name in sorted(book.peers, key=lambda peer: -(book.speed(book.latest(peer, cell)) or 0)):
-        record = book.latest(name, cell)
-        if passed(record):
-            rows.append({"": name, book.unit: _speed(book, record), "of ceiling": percent(book.of_ceiling(record))})
-    title = f"{cell.label(book.family)}: median (p20 to p80)."
+    title = f"{cell.label(book.family)}."
     if counted:
-        title += f" Gains: geometric mean (worst to best) over {len(counted)} 16-bit shapes."
-    return f"{title}\n\n{_table(rows, fmt)}"
+        title += f" Gains over the version before: geometric mean of {len(counted)} 16-bit shapes."
+    return "\n\n".join([title, _table(rows, fmt), *_peers_line(book, cell)])
+
+
+def _peers_line(book: Book, cell: Cell) -> list[str]:
+    """["There: fa3 605, cudnn 590; ceiling 770 TFLOP/s."], fastest first; [] where there is neither."""
+    speeds = {name: book.speed(book.latest(name, cell)) for name in book.peers}
+    speeds = sorted(((speed, name) for name, speed in speeds.items() if speed), reverse=True)
+    parts = [", ".join(f"{name} {number(speed)}" for speed, name in speeds)] if speeds else []
+    parts += [f"ceiling {ceiling}"] if (ceiling := _ceiling(book, cell)) != "-" else []
+    return [f"At this shape: {'; '.join(parts)} {book.unit}."] if parts else []
 
 
 def _link(version) -> str:
@@ -189,22 +193,43 @@ def _link(version) -> str:
 
 
 def peers_table(book: Book, fmt: str, dtypes: tuple = HALF) -> str | None:
-    """Each version over the strongest peer of the same run and shape: at the headline, on average, worst and best."""
-    headline, rows = book.headline(dtypes[0]), []
-    for name in book.versions:
-        found = {cell: book.best_peer(name, cell) for cell in book.cells if cell.dtype in dtypes}
-        found = {cell: pair for cell, pair in found.items() if pair}
-        if not found:
-            continue
-        worst, best = (pick(found, key=lambda cell: found[cell][0]) for pick in (min, max))
+    """Each version over the strongest peer of the same run and shape: on average, worst and best shape; and the best of
+    all versions, shape by shape."""
+    cells = [cell for cell in book.cells if cell.dtype in dtypes]
+    ratios = {name: {cell: pair for cell in cells if (pair := book.best_peer(name, cell))} for name in book.versions}
+    ratios = {name: found for name, found in ratios.items() if found}
+    if len(ratios) > 1:
+        measured = dict.fromkeys(cell for found in ratios.values() for cell in found)
+        ratios["best of ours"] = {c: max(found[c] for found in ratios.values() if c in found) for c in measured}
+    rows = []
+    for name, found in ratios.items():
         row = {"": name + (" (stale)" if book.is_stale(name) else "")}
-        row["headline"] = _over(found.get(headline))
-        row["geometric mean"] = f"{times(geomean(ratio for ratio, _ in found.values()))} of {len(found)}"
-        for column, at in (("worst shape", worst), ("best shape", best)):
+        row["geometric mean"] = f"{times(geomean(ratio for ratio, _ in found.values()))} of {len(found)} shapes"
+        for column, pick in (("worst shape", min), ("best shape", max)):
+            at = pick(found, key=lambda cell: found[cell][0])
             row[column] = f"{_over(found[at])}: {at.label(book.family)}"
         rows.append(row)
-    title = f"Speed over the strongest peer of the same run and shape, {' and '.join(dtypes)}."
+    title = f"Speed over the strongest peer of the same run and shape, {' and '.join(dtypes)}, over all shapes."
     return f"{title}\n\n{_table(rows, fmt)}" if rows else None
+
+
+def gains_table(book: Book, fmt: str, dtypes: tuple = HALF) -> str | None:
+    """What each step gained: on average, at the shape where it gained least, and where most."""
+    rows = []
+    for name in book.versions:
+        base = book.parents.get(name) or FIRST_STEP
+        for variant in (PARENT, OWN):
+            found = book.ratios(name, base, variant, dtypes)
+            if not found:
+                continue
+            row = {"": f"{name} over {base}" + (" (stale)" if book.is_stale(name) or book.is_stale(base) else "")}
+            row["with"] = "parent's tiles: the idea alone" if variant == PARENT else "its own tiles"
+            row["geometric mean"] = f"{times(geomean(found.values()))} of {len(found)} shapes"
+            for column, pick in (("worst shape", min), ("best shape", max)):
+                at = pick(found, key=found.get)
+                row[column] = f"{times(found[at])}: {at.label(book.family)}"
+            rows.append(row)
+    return f"Gain of each step, {' and '.join(dtypes)}.\n\n{_table(rows, fmt)}" if rows else None
 
 
 def comparison_table(old: Iterable[Record], new: Iterable[Record], fmt: str = "simple") -> str:
@@ -251,14 +276,14 @@ def cells_table(book: Book) -> str | None:
         for cell in book.cells:
             row = {f"{book.unit} of the kernels": cell.label(book.family)} | {n: _bare(book, n, cell) for n in names}
             rows.append(row | {"ceiling": _ceiling(book, cell)})
-        return _table(rows, "github") if rows else None
+        return _table(rows, "pipe") if rows else None
     parts = []
     for sweep, cells in sweeps(book.cells).items():
         title = f"{sweep.label(book.family)}, {book.unit}"
         rows = [{title: n} | {f"S={short(c.seqlen_k)}": _bare(book, n, c) for c in cells} for n in names]
         rows = [row for row in rows if set(row.values()) - {row[title]} != {"-"}]
         ceilings = {title: "ceiling"} | {f"S={short(c.seqlen_k)}": _ceiling(book, c) for c in cells}
-        parts.append(_table([*rows, ceilings], "github"))
+        parts.append(_table([*rows, ceilings], "pipe"))
     return "\n\n".join(parts) or None
 
 
@@ -296,24 +321,25 @@ def fp8_table(book: Book) -> str | None:
                 "relative error": small(record.get("error")),
                 "limit": small(record.get("error_limit")),
             })  # fmt: skip
-    return f"{cell.label(book.family).replace(cell.dtype, 'FP8', 1)}.\n\n{_table(rows, 'github')}" if rows else None
+    return f"{cell.label(book.family).replace(cell.dtype, 'FP8', 1)}.\n\n{_table(rows, 'pipe')}" if rows else None
 
 
 def machine_table(envs: dict) -> str | None:
     """Where the numbers come from, a row per run."""
-    wanted = ("date", "gpu", "driver", "torch", "triton", "ptxas", "cuda", "cudnn", "python", "seed", "commit")
+    wanted = ("date", "gpu", "driver", "torch", "triton", "cuda", "cudnn")
     rows = []
     for run, env in sorted(envs.items()):
         clocks = env.get("clocks") or {}
-        rows.append({"": run} | {name: str(env.get(name) or "-") for name in wanted})
-        rows[-1]["power limit, W"] = number(env.get("power"))
-        rows[-1]["SM clock at most, MHz"] = number(clocks.get("sm_max_mhz"))
-    return _table(rows, "github") if rows else None
+        rows.append({"run": run} | {name: str(env.get(name) or "-") for name in wanted})
+        rows[-1]["watts at most"] = number(env.get("power"))
+        rows[-1]["SM MHz at most"] = number(clocks.get("sm_max_mhz"))
+    return _table(rows, "pipe") if rows else None
 
 
 def _ideas(family: str) -> str:
-    rows = [{"": _link(v), "title": v.title, "idea": v.idea} for v in versions_of(family)]
-    return _table(rows, "github")
+    """What stands in the ladder's place before anything was measured."""
+    rows = [{"": _link(version), "idea": version.idea} for version in versions_of(family)]
+    return f"{NO_RECORDS}\n\n{_table(rows, 'pipe')}"
 
 
 class Shown(NamedTuple):
@@ -329,8 +355,8 @@ class Shown(NamedTuple):
         return measured_on(self.envs, (record["run_id"] for record in self.book.records)) or SHOWN
 
     def ladder(self) -> str | None:
-        table = ladder_table(self.book, "github", self.versions)
-        return table and f"{self.measured}; {table}"
+        table = ladder_table(self.book, "pipe", self.versions)
+        return table and f"{self.measured}: {table}"
 
     def picture(self) -> str | None:
         path = results.RESULTS / SHOWN / f"{self.book.family}.png"
@@ -359,11 +385,11 @@ TABLES: dict[str, Callable[[], str | None]] = {
 }
 for _family in METRIC:
     TABLES |= {
-        _family: _shown(Shown.ladder, _family),
+        _family: lambda family=_family: _shown(Shown.ladder, family)() or _ideas(family),
         f"{_family}-picture": _shown(Shown.picture, _family),
-        f"{_family}-peers": _shown(lambda shown: peers_table(shown.book, "github"), _family),
+        f"{_family}-gains": _shown(lambda shown: gains_table(shown.book, "pipe"), _family),
+        f"{_family}-peers": _shown(lambda shown: peers_table(shown.book, "pipe"), _family),
         f"{_family}-cells": _shown(lambda shown: cells_table(shown.book), _family),
-        f"{_family}-ideas": lambda family=_family: _ideas(family),
     }
 _MARKED = re.compile(r"<!-- table:(?P<name>\S+) -->\n(?P<body>.*?)<!-- /table -->", re.DOTALL)
 

@@ -59,7 +59,7 @@ def test_gains_are_given_alone_and_with_own_tiles():
     records = [one("v1", 100.0), one("v2", 300.0), one("v2", 110.0, variant=PARENT)]
     text = tables.terminal_table(records, "prefill")
     assert {"1.10x", "3.00x"} <= set(row(text, "v2"))
-    ladder = text[text.index("median (p20 to p80)") :]
+    ladder = text[text.index("gain, idea alone") :]
     assert row(ladder, "v2")[-2:] == ["1.10x", "3.00x"]
 
 
@@ -107,7 +107,14 @@ def test_the_worst_cell_is_shown_with_its_peer():
     text = tables.peers_table(Book(records, "prefill"), "simple")
     assert f"0.30x fa3: {Cell.of(records[0]).label()}" in text
     assert f"1.10x cudnn: {Cell.of(records[3]).label()}" in text
-    assert f"{(0.3 * 1.1) ** 0.5:.2f}x of 2" in text
+    assert f"{(0.3 * 1.1) ** 0.5:.2f}x of 2 shapes" in text and "best of ours" not in text
+
+
+def test_the_best_of_ours_takes_the_best_version_at_each_shape():
+    records = [one("v1", 90.0), one("v2", 60.0), one("fa3", 100.0, "peer"), one("v1", 40.0, case=QUICK[1]),
+               one("v2", 80.0, case=QUICK[1]), one("fa3", 100.0, "peer", case=QUICK[1])]  # fmt: skip
+    cells = row(tables.peers_table(Book(records, "prefill"), "simple"), "best of ours")
+    assert cells[1] == f"{(0.9 * 0.8) ** 0.5:.2f}x of 2 shapes" and cells[2].startswith("0.80x fa3")
 
 
 def test_stale_is_marked_by_the_hash_of_the_source():
@@ -207,7 +214,8 @@ def test_generated_tables_follow_the_records(tmp_path, monkeypatch, capsys):
     folder, page = tmp_path / tables.SHOWN, tmp_path / "page.md"
     page.write_text("".join(f"<!-- table:{name} -->\n<!-- /table -->\n" for name in tables.TABLES))
     assert tables.main(["--write", str(page)]) == 0
-    assert page.read_text().count(tables.NO_RECORDS) == len([n for n in tables.TABLES if not n.endswith("-ideas")])
+    assert page.read_text().count(tables.NO_RECORDS) == len(tables.TABLES)
+    assert "(prefill/flash_attention_v1.py)" in page.read_text(), "the ladder's ideas are there before its numbers"
     for family in ("prefill", "decoding"):
         results.append(folder, family, synthetic.grid(family))
         results.save_env(folder, family, RUN, synthetic.environment()[RUN])
@@ -215,7 +223,7 @@ def test_generated_tables_follow_the_records(tmp_path, monkeypatch, capsys):
     assert tables.main(["--write", str(page)]) == 0
     assert tables.main(["--check", str(page)]) == 0
     text = page.read_text()
-    assert "Test GPU, 2026-01-01; fp16 D=128 S=8k full" in text and "(prefill/flash_attention_v1.py)" in text
+    assert "Test GPU, 2026-01-01: fp16 D=128 S=8k full" in text and "(prefill/flash_attention_v1.py)" in text
     results.append(folder, "prefill", [one("v1", 123.4, run_id=LATER, stale=False)])
     capsys.readouterr()
     assert tables.main(["--check", str(page)]) == 1
