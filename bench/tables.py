@@ -203,7 +203,8 @@ def peers_table(book: Book, fmt: str, dtypes: tuple = HALF) -> str | None:
         ratios["best of ours"] = {c: max(found[c] for found in ratios.values() if c in found) for c in measured}
     rows = []
     for name, found in ratios.items():
-        row = {"": name + (" (stale)" if book.is_stale(name) else "")}
+        stale = any(map(book.is_stale, [name] if name in book.versions else book.versions))
+        row = {"": name + (" (stale)" if stale else "")}
         row["geometric mean"] = f"{times(geomean(ratio for ratio, _ in found.values()))} of {len(found)} shapes"
         for column, pick in (("worst shape", min), ("best shape", max)):
             at = pick(found, key=lambda cell: found[cell][0])
@@ -416,7 +417,7 @@ def gpu_info() -> str:
     try:
         gpu = detect_gpu()
     except NoGPU as reason:
-        return f"No GPU: {reason}"
+        return str(reason)[:1].upper() + str(reason)[1:]
     rows = []
     for family in METRIC:
         for version in versions_of(family):
