@@ -39,10 +39,12 @@ def _count(text: str) -> int:
 
 def parser(family: str) -> argparse.ArgumentParser:
     """The parser of run_prefill_bench.py or run_decoding_bench.py."""
-    what = "prefill" if family == "prefill" else "decoding"
+    peers = "; ".join(f"{peer.name}: {peer.label}" for peer in PEERS if family in peer.families)
     parser = OneLine(
-        prog=f"run_{what}_bench.py", allow_abbrev=False,
-        description=f"{UNIT[family]} of every {what} version beside the peers. No number without a check: a kernel "
+        prog=f"run_{family}_bench.py",
+        allow_abbrev=False,
+        epilog=f"Peers: {peers}.",
+        description=f"{UNIT[family]} of every {family} version beside the peers. No number without a check: a kernel "
         "that is wrong at the shape that was timed gets no time. Without a GPU the versions are checked in Triton's "
         "interpreter, compiled for the GPU of the recorded results, and those results are shown.",
     )  # fmt: skip

@@ -199,8 +199,14 @@ def _change(old: Record, new: Record) -> Change:
         verdict = {(True, True): "same", (False, True): "broke", (True, False): "mended"}
         return Change(old, new, None, verdict[old["median_ms"] is None, new["median_ms"] is None])
     ratio = old["median_ms"] / new["median_ms"]
-    if new["p80_ms"] < old["p20_ms"] and ratio > 1 + NOISE:
+    (old_low, old_high), (new_low, new_high) = _spread(old), _spread(new)
+    if new_high < old_low and ratio > 1 + NOISE:
         return Change(old, new, ratio, "faster")
-    if new["p20_ms"] > old["p80_ms"] and 1 / ratio > 1 + NOISE:
+    if new_low > old_high and 1 / ratio > 1 + NOISE:
         return Change(old, new, ratio, "slower")
     return Change(old, new, ratio, "same")
+
+
+def _spread(record: Record) -> tuple[float, float]:
+    """(p20, p80), which records of other tools may lack."""
+    return record.get("p20_ms") or record["median_ms"], record.get("p80_ms") or record["median_ms"]

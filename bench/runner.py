@@ -48,7 +48,7 @@ def main(family: str, argv: Sequence[str] | None = None) -> int:
     if interpreting() or not torch.cuda.is_available():
         from bench import without_gpu
 
-        return without_gpu.run(family, args)
+        return without_gpu.run(family, args, earlier)
     try:
         return Run(
             family, args, cells, earlier, [sys.argv[0], *(argv if argv is not None else sys.argv[1:])]

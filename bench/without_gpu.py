@@ -25,7 +25,7 @@ from common.lineage import Version, find_version, triton_version, versions_of
 CHECK_SECONDS = 170
 
 
-def run(family: str, args) -> int:
+def run(family: str, args, earlier: list[results.Record] | None) -> int:
     """The script without a GPU. Exit status 1 where a version is wrong in the interpreter, else 0."""
     print(
         "No GPU here. The versions are checked in Triton's interpreter; a time that it takes is nobody's speed.",
@@ -39,7 +39,7 @@ def run(family: str, args) -> int:
     if folder is None:
         print(f"no recorded results of {family} to show: results/ has none")
         return wrong
-    _show_recorded(family, folder, args)
+    _show_recorded(family, folder, args, earlier)
     return wrong
 
 
@@ -71,13 +71,13 @@ def _print_machine_code(family: str, folder) -> None:
         print(f"no machine code: {type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}")
 
 
-def _show_recorded(family: str, folder, args) -> None:
+def _show_recorded(family: str, folder, args, earlier) -> None:
     """Table and charts of what was recorded. Charts go to build/, or --out: looking must not change the checkout."""
     from bench.runner import recorded_on, show
 
     records = results.newest(results.load(folder, family))
     print(f"\n{recorded_on(family, folder)}")
-    show(family, folder, records, None, args.out or results.ROOT / "build" / "charts" / folder.name)
+    show(family, folder, records, earlier, args.out or results.ROOT / "build" / "charts" / folder.name)
 
 
 # ---- inside the process that interprets

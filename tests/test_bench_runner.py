@@ -352,6 +352,23 @@ def test_compare_names_a_run_or_a_folder(stage, tmp_path, capsys):
 # ---- without a GPU
 
 
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_without_a_gpu_the_check_decides_and_the_records_are_shown(wrong, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "results" / "test-gpu"
+    results.append(folder, "decoding", synthetic.records("decoding", preset="quick"))
+    results.save_env(folder, "decoding", synthetic.RUN, synthetic.environment()[synthetic.RUN])
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(without_gpu, "_check_elsewhere", lambda family, names: wrong)
+    monkeypatch.setattr(without_gpu, "_print_machine_code", lambda family, folder: print(f"compiled for {folder.name}"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main("decoding", ["--compare", synthetic.RUN]) == wrong
+    said = capsys.readouterr().out
+    assert "No GPU here" in said and "compiled for test-gpu" in said and "recorded on Test GPU 2026-01-01" in said
+    assert "the same within noise" in said and list((tmp_path / "build" / "charts" / "test-gpu").iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == ["decoding.env.json", "decoding.jsonl"]
+
+
 @pytest.mark.skipif(not interpreting(), reason="kernels are interpreted only with TRITON_INTERPRET=1")
 @pytest.mark.parametrize("family", ["prefill", "decoding"])
 def test_the_check_without_a_gpu_passes_v1(family):
