@@ -1,0 +1,32 @@
+"""Which row block of which head a program takes: the order in which the GPU starts the work."""
+
+import triton
+import triton.language as tl
+
+from common.hardware import detect_gpu
+from common.problem import AttentionProblem
+
+
+@triton.jit
+def row_block_and_head(row_blocks, heads_together, window_right):
+    """Row block and batch * heads_q + head of this program, on a one-dimensional grid of row_blocks x all heads.
+
+    heads_together heads advance side by side, so that their K and V stay in the L2. Under a causal mask the last rows come
+    first: they see the most keys, and what starts last should be short.
+    """
+    heads = tl.num_programs(0) // row_blocks
+    first_head = tl.program_id(0) // (row_blocks * heads_together) * heads_together
+    item = tl.program_id(0) - first_head * row_blocks
+    heads_together = tl.minimum(heads_together, heads - first_head)
+    row_block = item // heads_together
+    if window_right is not None:
+        row_block = row_blocks - 1 - row_block
+    return row_block, first_head + item % heads_together
+
+
+def heads_in_l2(problem: AttentionProblem) -> int:
+    """How many query heads have keys and values that fill half the L2 together; 1 without a mask, all rows being equal."""
+    if problem.window_right is None:
+        return 1
+    one_head = 2 * problem.seqlen_k * problem.head_dim * problem.dtype.itemsize
+    return problem.group * max(1, detect_gpu(problem.q.device).l2_bytes // 2 // max(1, one_head))
