@@ -10,7 +10,7 @@ from common.problem import AttentionProblem
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-SMALLEST = tl.constexpr(1.1754943508222875e-38)  # normal float32: stands in for a scale of 0, whose product with -inf is NaN
+SMALLEST = tl.constexpr(1.1754943508222875e-38)  # stands in for a scale of 0, whose product with -inf is NaN
 
 
 def turn_negative_scale(problem: AttentionProblem):

@@ -37,7 +37,7 @@ def visible_range(
 
 @triton.jit
 def unmasked_range(start_m, len_q, len_k, window_left, window_right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys lo..hi (hi excluded): a block of BLOCK_N keys that starts there is seen whole by each of the rows start_m.. ."""
+    """Keys lo..hi (hi excluded): blocks of BLOCK_N keys that start there are seen whole by all rows of the row block."""
     lo = start_m * 0
     hi = start_m * 0 + len_k
     if window_right is not None:

@@ -11,8 +11,8 @@ from common.problem import AttentionProblem
 def row_block_and_head(row_blocks, heads_together, window_right):
     """Row block and batch * heads_q + head of this program, on a one-dimensional grid of row_blocks x all heads.
 
-    heads_together heads advance side by side, so that their K and V stay in the L2. Under a causal mask the last rows come
-    first: they see the most keys, and what starts last should be short.
+    heads_together heads advance side by side, so that their K and V stay in the L2. Under a causal mask the last rows
+    come first: they see the most keys, and what starts last should be short.
     """
     heads = tl.num_programs(0) // row_blocks
     first_head = tl.program_id(0) // (row_blocks * heads_together) * heads_together
@@ -25,7 +25,7 @@ def row_block_and_head(row_blocks, heads_together, window_right):
 
 
 def heads_in_l2(problem: AttentionProblem) -> int:
-    """How many query heads have keys and values that fill half the L2 together; 1 without a mask, all rows being equal."""
+    """How many query heads' keys and values fill half the L2; 1 without a mask, where all rows cost the same."""
     if problem.window_right is None:
         return 1
     one_head = 2 * problem.seqlen_k * problem.head_dim * problem.dtype.itemsize

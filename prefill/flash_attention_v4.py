@@ -70,7 +70,7 @@ def flash_attention_kernel(
             visible = visible_scores(offs_m, offs_n, len_q, len_k, window_left, window_right)
             qk = tl.where(visible, qk, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(qk, 1))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new * scale)  # rows that have seen nothing: exp2(-inf), not NaN
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new * scale)  # rows that have seen nothing: exp(-inf), not NaN
         if descale_v is None:
             p = tl.exp2(qk * scale - m_safe[:, None])  # v4: one FFMA, one MUFU.EX2
         else:
