@@ -27,9 +27,9 @@ PEER_MODULES = {
     "fa3": ("flash_attn_interface",),
     "cudnn": ("cudnn", "cudnn_fp8"),
 }  # what each other process must import
-# The preset "paper" spends its time where it teaches most; peers that are named on the command line run everywhere.
+# Presets spend their time where it teaches most; peers that are named on the command line run everywhere.
 PAPER_PEERS = {"bf16": ("fa3", "cudnn", "fa2"), "e4m3": ("cudnn_fp8",)}
-PAPER_FLEX_SEQLENS = (4096, 16384)  # each shape is seconds of compilation
+FLEX_SEQLENS = {"paper": (4096, 16384), "seed": (8192,)}  # each shape is seconds of compilation
 
 
 def main(family: str, argv: Sequence[str] | None = None) -> int:
@@ -107,11 +107,11 @@ def version_entrants(version: Version, case: Case) -> list[Entrant]:
 def _takes_part(peer: Peer, case: Case, args) -> bool:
     if peer.why_not(case):
         return False
-    if args.peers is not None or args.preset != "paper":
+    if args.peers is not None:
         return True
-    if peer.name == "flex" and case.seqlen_k not in PAPER_FLEX_SEQLENS:
+    if peer.name == "flex" and case.seqlen_k not in FLEX_SEQLENS.get(args.preset, (case.seqlen_k,)):
         return False
-    return peer.name in PAPER_PEERS.get(case.dtype, (peer.name,))
+    return args.preset != "paper" or peer.name in PAPER_PEERS.get(case.dtype, (peer.name,))
 
 
 def estimate_seconds(cells: Iterable[tuple[Case, list[Entrant]]]) -> float:
