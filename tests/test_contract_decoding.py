@@ -8,6 +8,7 @@ from attention_checks import (
     HALF_AND_FULL,
     Case,
     all_versions,
+    all_versions_and_dtypes,
     assert_close,
     assert_lse_close,
     call,
@@ -22,10 +23,12 @@ from attention_checks import (
     vary,
 )  # fmt: skip
 
+import decoding
 from common.hardware import KNOWN, pretend
 from common.reference import attention_oracle
 
 every_version = all_versions("decoding")
+every_dtype = all_versions_and_dtypes("decoding", *HALF_AND_FULL)
 
 SHAPES = {
     "D1-mqa-37": Case(2, 3, 1, seqlen_k=37, head_dim=1),
@@ -38,16 +41,14 @@ SHAPES = {
 }
 
 
-@every_version
-@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+@every_dtype
 @table("case", SHAPES)
 def test_shapes(version, dtype, case, device):
     """Head dimensions hard-coded or not a power of two; tails of keys and columns; the head index of GQA and MQA."""
     check(version, case, dtype, device)
 
 
-@every_version
-@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+@every_dtype
 @pytest.mark.parametrize("num_splits", [1, 2, 3, 5, 34])
 def test_splits(version, num_splits, dtype, device):
     """Splits without a key, more splits than blocks or than a step of the merge takes: exp(-inf + inf), no weights."""
@@ -97,8 +98,7 @@ LOGITS = {
 }
 
 
-@every_version
-@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+@every_dtype
 @table("logits", LOGITS)
 def test_large_logits(version, dtype, logits, device):
     """Finite stand-ins for -inf that real scores fall below; overflow of exp in a split or in the merge."""
@@ -135,8 +135,7 @@ def test_zero_size(version, num_splits, case, device):
     check(version, vary(case, layout="bhsd"), "fp16", device, num_splits=num_splits)
 
 
-@every_version
-@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+@every_dtype
 @pytest.mark.parametrize("layout", ["padded", "sliced", "bhsd"])
 def test_out(version, dtype, layout, device):
     """A preallocated output is filled whole, returned itself, and nothing beside it is written."""
@@ -162,13 +161,13 @@ def test_output_does_not_depend_on_lse(version, device):
     assert_lse_close(lse, attention_oracle(q, k, v, return_lse=True)[1])
 
 
-@every_version
+@all_versions("decoding", runs=False)
 def test_grid_axes(version, launches):
     """65 536 heads and more: only the first axis of a grid is longer than 65 535."""
     q = torch.empty(700, 100, 1, 16, dtype=torch.float16, device="meta")
     cache = torch.empty(700, 100, 300, 16, dtype=torch.float16, device="meta")
     with pretend(KNOWN["sm_90"]):
-        skip_unless_served(version, q, cache, cache, {})
+        skip_unless_served(version, q, cache, cache)
         version.call(q, cache, cache, return_lse=True, num_splits=4)
         version.call(q[:1, :1], cache[:1, :1], cache[:1, :1], num_splits=65535)
     assert launches and all(max(grid[1:], default=1) <= 65535 for grid in launches), launches
@@ -202,3 +201,25 @@ def test_offsets_beyond_int32(version, which, strides, device, in_place):
         tensors[which] = far
     out = call(version, **tensors, num_splits=2, **({"out": far} if which == "out" else {}))
     assert_close(out, **tensors, dtype="fp16")
+
+
+# ---- the entry point
+
+
+def test_entry_point(device):
+    """Runs the newest version, or the one that `version` names."""
+    q, k, v = Case(2, 4, 2, seqlen_k=75, lengths_k=(75, 20), layout="bshd").tensors("fp16", device)
+    lengths = torch.tensor([75, 20], dtype=torch.int32, device=device)
+    for version in (None, "v1"):
+        out, lse = decoding.flash_decoding(
+            q, k, v, seqlens_k=lengths, num_splits=2, return_lse=True, version=version
+        )  # fmt: skip
+        assert_close(out, q, k, v, "fp16", lse=lse, seqlens_k=lengths)
+
+
+def test_the_call_of_the_seed(device):
+    """q [B, H, 1, D], as a reader of the first description would write it."""
+    from decoding.flash_decoding_v1 import call_flash_decoding
+
+    q, k, v = Case(2, 4, 4, seqlen_k=100, head_dim=64, layout="bhsd").tensors("fp16", device)
+    assert_close(call_flash_decoding(q, k, v), q, k, v, "fp16")

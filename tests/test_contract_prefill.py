@@ -8,6 +8,7 @@ from attention_checks import (
     HALF_AND_FULL,
     Case,
     all_versions,
+    all_versions_and_dtypes,
     assert_close,
     assert_lse_close,
     call,
@@ -22,10 +23,15 @@ from attention_checks import (
     vary,
 )  # fmt: skip
 
-from common.hardware import KNOWN, interpreting, pretend
+import prefill
+from common.hardware import KNOWN, detect_gpu, interpreting, pretend
+from common.lineage import versions_of
 from common.reference import attention_oracle
 
 every_version = all_versions("prefill")
+every_dtype = all_versions_and_dtypes("prefill", *HALF_AND_FULL, "e4m3", "e5m2")
+half_and_full = all_versions_and_dtypes("prefill", *HALF_AND_FULL)
+half_and_fp8 = all_versions_and_dtypes("prefill", "bf16", "e4m3")
 
 SHAPES = {
     "D1-mqa-33x47-causal": Case(1, 3, 1, 33, 47, 1, causal=True),
@@ -39,8 +45,7 @@ SHAPES = {
 }
 
 
-@every_version
-@pytest.mark.parametrize("dtype", [*HALF_AND_FULL, "e4m3", "e5m2"])
+@every_dtype
 @table("case", SHAPES)
 def test_shapes(version, dtype, case, device):
     """Head dimensions hard-coded or not a power of two; tails of rows, keys and columns; GQA's head index; Sq != Sk."""
@@ -88,8 +93,7 @@ LAYOUTS = {
 }
 
 
-@every_version
-@pytest.mark.parametrize("dtype", ["bf16", "e4m3"])
+@half_and_fp8
 @table("layout", LAYOUTS)
 def test_layouts(version, dtype, layout, device):
     """Strides assumed or exchanged, stride 0, pointers that are not aligned, reads between and beside the rows."""
@@ -99,8 +103,7 @@ def test_layouts(version, dtype, layout, device):
 OWN_TILES = (64,) if interpreting() else (64, 128, 256)
 
 
-@every_version
-@pytest.mark.parametrize("dtype", [*HALF_AND_FULL, "e4m3", "e5m2"])
+@every_dtype
 @pytest.mark.parametrize("head_dim", OWN_TILES)
 def test_own_tiles(version, dtype, head_dim, device):
     """A default configuration that is wrong, or that does not fit: two of its blocks and a bit, in each direction."""
@@ -108,8 +111,7 @@ def test_own_tiles(version, dtype, head_dim, device):
     check(version, case if interpreting() else vary(case, heads_q=4, seqlen_q=1041, seqlen_k=1064), dtype, device)
 
 
-@every_version
-@pytest.mark.parametrize("dtype", ["fp16", "e5m2"])
+@all_versions_and_dtypes("prefill", "fp16", "e5m2")
 def test_nan_past_the_lengths(version, dtype, device):
     """0 * NaN: unused rows of q and of the cache hold anything, and must not be seen, not even by way of a scale."""
     case = Case(2, 2, 1, 70, 70, causal=True, lengths_q=(30, 65), lengths_k=(40, 65))
@@ -138,9 +140,8 @@ def test_nan_in_keys_not_seen(version, device):
     assert torch.equal(dirty[:, :, :41], clean[:, :, :41])
 
 
-@every_version
+@all_versions_and_dtypes("prefill", "fp32", "e4m3")
 @pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
-@pytest.mark.parametrize("dtype", ["fp32", "e4m3"])
 def test_scale(version, dtype, scale, device):
     """A scale that is 0 or negative: -inf * 0 = NaN, -inf * -1 = +inf, and the maximum that is a minimum."""
     case = Case(2, 1, 1, 60, 60, 32, causal=True, window=(40, 0), lengths_k=(60, 37), scale=scale)
@@ -156,8 +157,7 @@ LOGITS = {
 }
 
 
-@every_version
-@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+@half_and_full
 @table("logits", LOGITS)
 def test_large_logits(version, dtype, logits, device):
     """Finite stand-ins for -inf that real scores fall below; overflow of exp; a running maximum that is reset."""
@@ -169,11 +169,9 @@ def test_large_logits(version, dtype, logits, device):
     assert_close(out, q, k, v, dtype, limit={"fp32": 1e-3, "fp16": 2e-3, "bf16": 1e-2}[dtype], lse=lse, scale=1.0)
 
 
-@every_version
+@all_versions("prefill", fp8=True)
 def test_fp8_beside_a_sink(version, device):
     """One key takes nearly all the weight: the others' weights must not underflow when they become e4m3."""
-    if not version.fp8:
-        pytest.skip(f"{version.name} has no FP8 path")
     q, k, v = Case(1, 1, 1, 40, 70, 64).tensors("e4m3", device)
     q[..., 0], k[..., 0], k[:, :, 0, 0] = 8.0, 0.0, 8.0  # key 0: 8 above the rest
     v[:, :, 0] = 0.0  # so that the output is the others' alone
@@ -189,8 +187,7 @@ ZERO_SIZE = {
 }
 
 
-@every_version
-@pytest.mark.parametrize("dtype", ["fp16", "e4m3"])
+@half_and_fp8
 @table("case", ZERO_SIZE)
 def test_zero_size(version, dtype, case, device):
     """Empty tensors: divisions by a count of 0, empty grids, an output that nobody writes."""
@@ -199,8 +196,7 @@ def test_zero_size(version, dtype, case, device):
         check(version, vary(each, layout="bhsd"), dtype, device)
 
 
-@every_version
-@pytest.mark.parametrize("dtype", ["fp16", "e4m3"])
+@half_and_fp8
 def test_three_dimensions(version, dtype, device):
     """[S, H, D] is one sequence: the same numbers as in [1, H, S, D], in [S, H, D] again."""
     q, k, v = vary(Case(1, 4, 2, 33, 45, 59, causal=True), layout="bshd").tensors(dtype, device)
@@ -214,8 +210,7 @@ def test_three_dimensions(version, dtype, device):
     assert torch.equal(given, out)
 
 
-@every_version
-@pytest.mark.parametrize("dtype", [*HALF_AND_FULL, "e4m3"])
+@all_versions_and_dtypes("prefill", *HALF_AND_FULL, "e4m3")
 @pytest.mark.parametrize("layout", ["padded", "sliced", "bhsd"])
 def test_out(version, dtype, layout, device):
     """A preallocated output is filled whole, returned itself, and nothing beside it is written."""
@@ -257,12 +252,12 @@ def test_lengths_checked_once_are_checked_again_when_changed(version, device):
         version.call(q, k, v, seqlens_k=lengths)
 
 
-@every_version
+@all_versions("prefill", runs=False)
 def test_grid_axes(version, launches):
     """65 536 heads and more: only the first axis of a grid is longer than 65 535."""
     q = torch.empty(700, 100, 33, 16, dtype=torch.float16, device="meta")
     with pretend(KNOWN["sm_90"]):
-        skip_unless_served(version, q, q, q, {})
+        skip_unless_served(version, q, q, q)
         version.call(q, q, q, is_causal=True, return_lse=True)
     assert launches and all(max(grid[1:], default=1) <= 65535 for grid in launches), launches
 
@@ -295,3 +290,46 @@ def test_offsets_beyond_int32(version, which, strides, device, in_place):
         tensors[which] = far
     out = call(version, **tensors, **({"out": far} if which == "out" else {}))
     assert_close(out, **tensors, dtype="fp16")
+
+
+# ---- the entry point
+
+
+def newest(q, k, v, **arguments):
+    """The version that flash_attention should choose."""
+    served = [x for x in versions_of("prefill") if not x.why_not(detect_gpu()) and not x.declines(q, k, v, **arguments)]
+    return served[-1]
+
+
+@table("case", {"causal": Case(2, 2, 1, 40, 40, causal=True, layout="bshd"), "scale-0": Case(1, 1, 1, 9, 9, scale=0.0)})
+def test_entry_point_runs_the_newest_that_serves(case, device):
+    """And `version` any other."""
+    q, k, v = case.tensors("fp16", device)
+    options = case.options(device)
+    causal = options.pop("is_causal", False)
+    out = prefill.flash_attention(q, k, v, causal, **options)
+    assert torch.equal(out, newest(q, k, v, is_causal=causal, **options).call(q, k, v, is_causal=causal, **options))
+    out, lse = prefill.flash_attention(q, k, v, causal=causal, version="v2", return_lse=True, **options)
+    assert_close(out, q, k, v, "fp16", lse=lse, is_causal=causal, **options)
+
+
+def test_entry_point_sets_both_lengths(device):
+    """seq_lens alone leaves the diagonal where it is: row i sees keys up to i."""
+    q, k, v = Case(2, 1, 1, 40, 40).tensors("fp16", device)
+    lengths = torch.tensor([25, 40], dtype=torch.int32, device=device)
+    out = prefill.flash_attention(q, k, v, causal=True, seq_lens=lengths)
+    assert_close(out, q, k, v, "fp16", is_causal=True, seqlens_q=lengths, seqlens_k=lengths)
+
+
+def test_the_call_of_the_seed(device):
+    """[seq_len, heads, head_dim], FP8, causal, as a reader of the first description would write it."""
+    from prefill.flash_attention_v3 import VERSION, call_flash_attention_v3
+
+    reason = VERSION.why_not(detect_gpu(), "e4m3")
+    if reason:
+        pytest.skip(f"v3 {reason}")
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(48, 2, 16, generator=random).to(device, torch.float16) for _ in range(3))
+    out = call_flash_attention_v3(q, k, v, use_fp8=True, is_causal=True)
+    heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    assert_close(out.transpose(0, 1)[None], *heads_first, "e4m3", is_causal=True)
