@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tabulate import tabulate
 
-from bench.disassembly import KINDS, Code, Loop, loops_of, main_loops, read_amd, read_nvidia
+from bench.disassembly import KINDS, Code, Loop, Place, loops_of, main_loops, read_amd, read_nvidia
 
 if TYPE_CHECKING:  # importing them loads torch, which a cached answer can do without
     from common.hardware import GPU
@@ -172,6 +172,47 @@ def summary(compiled: Compiled) -> dict:
         "per_turn": {kind: loop.counts[kind] for kind in KINDS if loop.counts[kind]} if loop else {},
         "per_unit": loop_counts(compiled, loop) if loop else {},
     }  # fmt: skip
+
+
+# ---- which source line an instruction comes from
+
+
+def source_lines(compiled: Compiled, file: str) -> list[tuple[int, ...]]:
+    """For each instruction the lines of `file` (relative to the repository) that it was derived from; often one, none
+    for what no line asked for. Machine code names the innermost line alone, in a helper perhaps: then the lines that
+    call the helper there, from the call sites that the earlier stages have.
+    """
+    callers = _callers(compiled.text["ttgir"] + compiled.text["ttir"], file)
+    found = []
+    for instruction in compiled.code.instructions:
+        inside = [place.line for place in instruction.places if place.file == file]
+        helpers = {line for place in instruction.places for line in callers.get(place, ())}
+        found.append(tuple(inside) or tuple(sorted(helpers)))
+    return found
+
+
+def _callers(text: str, file: str) -> dict[Place, set[int]]:
+    """{place outside `file`: the lines in it that call, directly or not, what stands there}, from MLIR's locations."""
+    table = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, re.MULTILINE))
+    callers: dict[Place, set[int]] = {}
+    for location in table.values():
+        for chain in _chains(location, table):
+            inside = [place.line for place in chain if place.file == file]
+            for place in chain:
+                if place.file != file and inside:
+                    callers.setdefault(place, set()).add(inside[0])
+    return callers
+
+
+def _chains(location: str, table: dict[str, str]) -> list[list[Place]]:
+    """The call chains of an MLIR location, innermost first: "file":1:2, callsite(a at b), fused[a, b], "name"(a)."""
+    if match := re.fullmatch(r'"([^"]+)":(\d+):\d+', location):
+        return [[Place(match[1], int(match[2]))]]
+    if match := re.fullmatch(r"callsite\((#loc\d*) at (#loc\d*)\)", location):
+        inner, outer = (_chains(table[name], table) for name in match.groups())
+        return [a + b for a in inner or [[]] for b in outer or [[]]]
+    names = re.findall(r"#loc\d*", location)
+    return [chain for name in names if table.get(name, location) != location for chain in _chains(table[name], table)]
 
 
 # ---- compiling
@@ -365,10 +406,8 @@ def _amd_resources(text: str) -> dict:
 
 
 def _relative(listing: str) -> str:
-    """Without the folders that this machine has things in."""
-    import triton
-
-    return listing.replace(f"{ROOT}/", "").replace(f"{pathlib.Path(triton.__file__).parent.parent}/", "")
+    """Without the folders that a machine has things in (not even this one: triton's cache does not tell them apart)."""
+    return re.sub(r'"/[^"]*/((?:prefill|decoding|common|triton)(?:/[^"]*)?)"', r'"\1"', listing)
 
 
 def gpu_of(arch: str) -> GPU:
@@ -443,12 +482,19 @@ def _load(path: pathlib.Path) -> list[Compiled]:
 # ---- tables
 
 
-def side_by_side(columns: dict[str, dict], unit: str) -> list[tuple[str, list]]:
-    """Rows (what, [a value a column]) of summaries, {"v1": summary, ...}: facts first, then instructions for `unit`.
+class Row(NamedTuple):
+    """One line of a table: what it says, the number of each column (None where it has none) and how that is shown."""
+
+    what: str
+    values: list[float | None]
+    shown: list[str]
+
+
+def side_by_side(summaries: list[dict], unit: str) -> list[Row]:
+    """Summaries as the rows of a table, a column each: facts first, then the main loop's instructions for `unit`.
 
     The one place that turns summaries into rows: the terminal, the page and the benchmarks show these.
     """
-    summaries = list(columns.values())
 
     def tile(s):
         return "x".join(str(s["tiles"][name]) for name in ("BLOCK_M", "BLOCK_N") if name in s["tiles"]) or "-"
@@ -457,21 +503,29 @@ def side_by_side(columns: dict[str, dict], unit: str) -> list[tuple[str, list]]:
         over = " (over the limit)" if s["shared"] > s["shared_limit"] else ""
         return f"{s['shared'] / 1024:.0f} KB{over}"
 
+    def plain(what, name):
+        return Row(what, [s[name] for s in summaries], [number(s[name]) for s in summaries])
+
+    nothing = [None] * len(summaries)
     rows = [
-        ("tile", [tile(s) for s in summaries]),
-        ("warps", [s["warps"] for s in summaries]),
-        ("stages", [s["stages"] for s in summaries]),
-        ("registers a thread", [s["registers"] for s in summaries]),
-        ("spills (loads and stores)", [s["spills"] for s in summaries]),
-        ("shared memory", [shared(s) for s in summaries]),
-        ("instructions in the main loop", [s["loop_instructions"] for s in summaries]),
+        Row("tile", nothing, [tile(s) for s in summaries]),
+        plain("warps", "warps"),
+        plain("pipeline stages", "stages"),
+        plain("registers a thread", "registers"),
+        plain("spills (loads and stores)", "spills"),
+        Row("shared memory", [s["shared"] for s in summaries], [shared(s) for s in summaries]),
+        plain("instructions in the main loop", "loop_instructions"),
+        Row(f"instructions for {unit}:", nothing, [""] * len(summaries)),
     ]
     kinds = [kind for kind in KINDS if any(kind in s["per_unit"] for s in summaries)]
-    counts = [[s["per_unit"].get(kind, 0) for s in summaries] for kind in kinds]
-    rows.append((f"for {unit}:", [""] * len(summaries)))
-    rows += [(f"  {kind}", [round(count, 1) for count in row]) for kind, row in zip(kinds, counts, strict=True)]
-    rows.append(("  all", [round(sum(s["per_unit"].values()), 1) for s in summaries]))
-    return rows
+    counts = {f"  {kind}": [s["per_unit"].get(kind, 0) for s in summaries] for kind in kinds}
+    counts["  all"] = [sum(s["per_unit"].values()) for s in summaries]
+    return rows + [Row(what, values, [number(value) for value in values]) for what, values in counts.items()]
+
+
+def number(value: float) -> str:
+    """1234, 87.5"""
+    return str(round(float(value), 1)).removesuffix(".0")
 
 
 def machine_code_table(family: str, gpu: GPU | str, fmt: str = "simple", **shape) -> str:
@@ -489,16 +543,11 @@ def machine_code_table(family: str, gpu: GPU | str, fmt: str = "simple", **shape
     title = f"Machine code of {family}, {cases[0].label()} (triton {importlib.metadata.version('triton')})"
     if not columns:
         return "\n".join([title, *notes])
-    rows = [[what, *map(number, values)] for what, values in side_by_side(columns, UNIT[family])]
+    rows = [[row.what, *row.shown] for row in side_by_side(list(columns.values()), UNIT[family])]
     align = ["left", *["right"] * len(columns)]
     style = {"tablefmt": fmt, "colalign": align, "disable_numparse": True, "preserve_whitespace": True}
     table = tabulate(rows, ["", *columns], **style)
     return "\n".join([title, "", table, *notes])
-
-
-def number(value) -> str:
-    """1234, 87.5, and text as it is."""
-    return str(round(value, 1)).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def main(argv: list[str] | None = None) -> int:
