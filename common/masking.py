@@ -50,11 +50,16 @@ def unmasked_range(start_m, len_q, len_k, window_left, window_right, BLOCK_M: tl
 
 @triton.jit
 def visible_scores(offs_m, offs_n, len_q, len_k, window_left, window_right):
-    """Mask [BLOCK_M, BLOCK_N] of the scores that count, for rows offs_m and keys offs_n."""
-    mask = (offs_n < len_k)[None, :]
-    distance = offs_n[None, :] - (offs_m[:, None] + len_k - len_q)  # [BLOCK_M, BLOCK_N]
-    if window_right is not None:
-        mask = mask & (distance <= window_right)
+    """Mask [BLOCK_M, BLOCK_N] of the scores that count, for rows offs_m and keys offs_n.
+
+    A row's bounds are found once for each row: inside the block one comparison a score is left, two with a left window.
+    """
+    own_key = offs_m + len_k - len_q  # [BLOCK_M]
+    if window_right is None:
+        mask = (offs_n < len_k)[None, :]
+    else:
+        last_key = tl.minimum(own_key + window_right, len_k - 1)
+        mask = offs_n[None, :] <= last_key[:, None]  # [BLOCK_M, BLOCK_N]
     if window_left is not None:
-        mask = mask & (distance >= -window_left)
+        mask = mask & (offs_n[None, :] >= (own_key - window_left)[:, None])
     return mask

@@ -41,8 +41,9 @@ def flash_attention_kernel(
     Out += off_b.to(tl.int64) * stride_o[0] + off_h.to(tl.int64) * stride_o[1]
     k_offsets = tl.arange(0, BLOCK_N)[:, None] * stride_k[2] + offs_d[None, :]
     v_offsets = tl.arange(0, BLOCK_N)[:, None] * stride_v[2] + offs_d[None, :]
-    q_ptrs = Q + offs_m.to(tl.int64)[:, None] * stride_q[2] + offs_d[None, :]
-    q = tl.load(q_ptrs, mask=(offs_m < len_q)[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
+    # rows past the end repeat the last one: a mask would hold its predicate registers through the loop
+    q_ptrs = Q + tl.minimum(offs_m, seqlen_q - 1).to(tl.int64)[:, None] * stride_q[2] + offs_d[None, :]
+    q = tl.load(q_ptrs, mask=mask_d[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
