@@ -17,7 +17,7 @@ import subprocess
 import sys
 import textwrap
 
-from bench.source_diff import Row, Source, hunks, notes_of
+from bench.source_diff import Row, Source, compact, hunks, notes_of
 from bench.version_diff import Request, gather
 
 TOOLS = {
@@ -127,7 +127,7 @@ def side_by_side(found: dict, code_only: bool, paint: Paint, width: int) -> list
     lines = [paint("bold", f"{found['old']['path']:{half}} | {found['new']['path']}")]
     for rows in hunks(chosen_rows(found, code_only)):
         lines += hunk_head(rows, old, new, paint)
-        for row in rows:
+        for row in compact(rows):
             left = column(row.old, old_text, row.old_spans, "old", row.same, half, paint)
             right = column(row.new, new_text, row.new_spans, "new", row.same, half, paint)
             mark = " " if row.same else "<" if row.new is None else ">" if row.old is None else "|"

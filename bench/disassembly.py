@@ -13,14 +13,14 @@ from typing import NamedTuple
 _NVIDIA = (
     ("tensor core", r"[HIQBDO]G?MMA|UTC\w*MMA"),
     ("exponentials", r"MUFU\.EX2"),
-    ("reciprocals, divisions", r"MUFU\.RCP|FCHK"),
+    ("reciprocals and divisions", r"MUFU\.RCP|FCHK"),
     ("other special functions", r"MUFU"),
     ("moves", r"HFMA2(\.\w+)* \S+ -RZ, RZ|IMAD\.MOV|U?MOV|CS2R|S2U?R|R2UR|R2P|P2R|U?LDC|LDCU"),
     ("conversions", r"HADD2\.F32 \S+ -RZ|U?[FI]2\w+|FRND"),
     ("fused multiply-adds", r"[FHD]FMA2?"),
     ("multiplies", r"[FHD]MUL2?"),
     ("adds", r"[FHD]ADD2?"),
-    ("max, min", r"[FH]MNMX[23]?"),
+    ("max and min", r"[FH]MNMX[23]?"),
     ("shuffles", r"SHFL|REDUX|CREDUX|MOVM"),
     ("global loads (TMA)", r"UTMALDG|UBLKCP"),
     ("global loads (cp.async)", r"LDGSTS"),
@@ -30,15 +30,15 @@ _NVIDIA = (
     ("shared stores", r"STSM?|ATOMS"),
     ("tensor memory", r"LDTM|STTM|UTCCP|UTCSHIFT|UTCATOMSWS"),
     ("spills", r"LDL|STL"),
-    ("barriers, waits", r"U?BAR|SYNCS|WARPSYNC|WARPGROUP|\w*DEPBAR|MEMBAR|FENCE|UTCBAR|ERRBAR|ARRIVES|UCGABAR\w*"),
-    ("compares, selects", r"[FDH]SETP?2?|U?ISETP|U?SEL|FSEL|U?PLOP3|VOTEU?"),
+    ("barriers and waits", r"U?BAR|SYNCS|WARPSYNC|WARPGROUP|\w*DEPBAR|MEMBAR|FENCE|UTCBAR|ERRBAR|ARRIVES|UCGABAR\w*"),
+    ("compares and selects", r"[FDH]SETP?2?|U?ISETP|U?SEL|FSEL|U?PLOP3|VOTEU?"),
     ("byte permutes", r"U?PRMT"),
     ("branches", r"BRA|BRXU?|JMP|JMX|BSSY|BSYNC|BREAK|EXIT|CALL|RET|NOP|BMOV|KILL"),
 )
 _AMD = (
     ("tensor core", r"v_s?w?mfma|v_s?wmma"),
     ("exponentials", r"v_exp"),
-    ("reciprocals, divisions", r"v_rcp|v_div"),
+    ("reciprocals and divisions", r"v_rcp|v_div"),
     ("other special functions", r"v_(log|sqrt|rsq|sin|cos|ldexp|frexp)"),
     ("shuffles", r"ds_(b?permute|swizzle)|v_permlane|v_mov_b\d+_dpp"),
     ("moves", r"[sv]_(pk_)?mov|v_accvgpr|s_cmov|v_readfirstlane|v_swap"),
@@ -46,19 +46,19 @@ _AMD = (
     ("fused multiply-adds", r"v_(pk_)?(fma|fmac|mad|mac)_\w*(f16|f32|bf16|f64)|v_dot"),
     ("multiplies", r"v_(pk_)?mul_(legacy_)?(f16|f32|bf16|f64)"),
     ("adds", r"v_(pk_)?(add|sub|subrev)_(f16|f32|bf16|f64)"),
-    ("max, min", r"v_(pk_)?(max|min|maximum|minimum)3?_(num_)?(f16|f32|bf16)|v_med3_f"),
+    ("max and min", r"v_(pk_)?(max|min|maximum|minimum)3?_(num_)?(f16|f32|bf16)|v_med3_f"),
     ("global loads (to LDS)", r"(buffer|global)_load.*\blds\b"),
     ("spills", r"scratch_(load|store)|buffer_(load|store).*\b(Folded|Spill|Reload)\b"),
     ("global loads", r"(global|buffer|flat|s|s_buffer)_load"),
     ("global stores", r"(global|buffer|flat)_(store|atomic)"),
     ("shared loads", r"ds_(read|load)"),
     ("shared stores", r"ds_(write|store)"),
-    ("barriers, waits", r"s_(barrier|wait|nop|sleep|setprio|sched)"),
-    ("compares, selects", r"[sv]_cmpx?_|v_cndmask|s_cselect|s_bitcmp"),
+    ("barriers and waits", r"s_(barrier|wait|nop|sleep|setprio|sched)"),
+    ("compares and selects", r"[sv]_cmpx?_|v_cndmask|s_cselect|s_bitcmp"),
     ("byte permutes", r"v_perm_b32|v_alignb"),
     ("branches", r"s_(c?branch|endpgm|setpc|swappc|getpc)"),
 )
-OTHER = "integers, addresses"
+OTHER = "integers and addresses"
 KINDS = (*dict.fromkeys(kind for table in (_NVIDIA, _AMD) for kind, _ in table), OTHER)
 _PATTERNS = {
     amd: [(kind, re.compile(f"(?:{pattern})" if amd else f"(?:{pattern})(?![A-Z0-9])")) for kind, pattern in table]
@@ -82,6 +82,7 @@ class Instruction:
     places: tuple[Place, ...] = ()
     targets: tuple[str, ...] = ()  # labels that it may jump to
     falls_through: bool = True
+    predicate: str = ""  # "@!P0"
 
     @property
     def opcode(self) -> str:
@@ -146,7 +147,7 @@ def _nvidia(text: str, places: tuple[Place, ...]) -> Instruction:
     # "BRA.U !UP0, `(.L_x_1)" and "BRA P0, ..." carry their condition behind the opcode
     conditional = opcode == "BRA" and re.match(r"\S+\s+!?U?P\w+,", bare) is not None
     leaves = opcode in ("BRA", "EXIT", "RET", "BRX", "JMP", "JMX", "BRXU", "KILL") and always and not conditional
-    return Instruction(bare, kind_of(bare), places, targets, not leaves)
+    return Instruction(bare, kind_of(bare), places, targets, not leaves, predicate[1] if predicate else "")
 
 
 def read_amd(text: str) -> Code:

@@ -182,7 +182,9 @@ def source_lines(compiled: Compiled, file: str) -> list[tuple[int, ...]]:
     for what no line asked for. Machine code names the innermost line alone, in a helper perhaps: then the lines that
     call the helper there, from the call sites that the earlier stages have.
     """
-    callers = _callers(compiled.text["ttgir"] + compiled.text["ttir"], file)
+    callers: dict[Place, set[int]] = {}
+    for stage in ("ttir", "ttgir"):
+        _add_callers(callers, compiled.text.get(stage, ""), file)
     found = []
     for instruction in compiled.code.instructions:
         inside = [place.line for place in instruction.places if place.file == file]
@@ -191,17 +193,15 @@ def source_lines(compiled: Compiled, file: str) -> list[tuple[int, ...]]:
     return found
 
 
-def _callers(text: str, file: str) -> dict[Place, set[int]]:
-    """{place outside `file`: the lines in it that call, directly or not, what stands there}, from MLIR's locations."""
+def _add_callers(callers: dict[Place, set[int]], text: str, file: str) -> None:
+    """Add to {place outside `file`: the lines in it that call, directly or not, what is there}, from MLIR's text."""
     table = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, re.MULTILINE))
-    callers: dict[Place, set[int]] = {}
     for location in table.values():
         for chain in _chains(location, table):
             inside = [place.line for place in chain if place.file == file]
             for place in chain:
                 if place.file != file and inside:
                     callers.setdefault(place, set()).add(inside[0])
-    return callers
 
 
 def _chains(location: str, table: dict[str, str]) -> list[list[Place]]:
@@ -270,14 +270,25 @@ def compile_cases(cases: Iterable[Case]) -> list[list[Compiled] | CompileError]:
     return [errors.get(case) or _load(path) for case, path in zip(cases, paths, strict=True)]
 
 
-def _compile_here(missing: list[tuple[Case, pathlib.Path]]) -> dict[Case, CompileError]:
+def _compile_here(missing: list[tuple[Case, pathlib.Path]], alone: bool = False) -> dict[Case, CompileError]:
+    """alone: this process is there for one case, so that it may end with it."""
     errors = {}
     for case, path in missing:
+        if case.tiles and _is_gluon(case) and not alone:
+            errors |= _compile_elsewhere([(case, path)])
+            continue
         try:
             _store(path, _compile(case))
         except CompileError as error:
             errors[case] = error
     return errors
+
+
+def _is_gluon(case: Case) -> bool:
+    """Gluon kernels state their layouts: tiles that those do not fit may end the process that compiles them."""
+    from common.lineage import find_version
+
+    return any(kernel.is_gluon() for kernel in find_version(case.family, case.version).kernels)
 
 
 def _compile_elsewhere(missing: list[tuple[Case, pathlib.Path]]) -> dict[Case, CompileError]:
@@ -286,8 +297,8 @@ def _compile_elsewhere(missing: list[tuple[Case, pathlib.Path]]) -> dict[Case, C
     work = json.dumps([(case, str(path)) for case, path in missing])
     child = subprocess.run(command, cwd=ROOT, env=env, input=work, capture_output=True, text=True)
     if child.returncode:
-        reason = (child.stderr.strip() or f"exit status {child.returncode}").splitlines()[-1]
-        return {case: CompileError(f"{case.version}: {reason}") for case, path in missing if not path.exists()}
+        reason = f"the compiler ended with exit status {child.returncode}"
+        return {c: CompileError(f"{c.version}, {c.label()}: {reason}") for c, path in missing if not path.exists()}
     return {missing[int(index)][0]: CompileError(reason) for index, reason in json.loads(child.stdout).items()}
 
 
@@ -561,7 +572,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.work:
         work = [(Case(*case), pathlib.Path(path)) for case, path in json.load(sys.stdin)]
-        errors = _compile_here(work)
+        errors = _compile_here(work, alone=len(work) == 1)
         print(json.dumps({index: str(errors[case]) for index, (case, _) in enumerate(work) if case in errors}))
         return 0
     shape = {"head_dim": args.head_dim} if args.head_dim else {}

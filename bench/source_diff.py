@@ -126,6 +126,19 @@ def _spans(old: str, new: str) -> tuple[tuple[tuple[int, int], ...], tuple[tuple
     return tuple(spans[0]), tuple(spans[1])
 
 
+def compact(rows: list[Row]) -> list[Row]:
+    """For two columns: old lines and the new ones that follow them, none alike, share rows."""
+    found = []
+    for alone, group in itertools.groupby(rows, key=lambda row: row.old is None or row.new is None):
+        if not alone:
+            found += group
+            continue
+        group = list(group)
+        sides = [row.old for row in group if row.old is not None], [row.new for row in group if row.new is not None]
+        found += [Row(old, new) for old, new in itertools.zip_longest(*sides)]
+    return found
+
+
 def hunks(rows: list[Row], context: int = CONTEXT) -> list[list[Row]]:
     """The changed rows with `context` rows around them; what lies between is left out."""
     changed = [index for index, row in enumerate(rows) if not row.same]

@@ -118,8 +118,8 @@ def stage_diff(stage: str, old: list[machine_code.Compiled], new: list[machine_c
     for before, after in itertools.zip_longest(old, new):
         texts, names = [], []
         for compiled in (before, after):
-            name = stage if compiled is None or stage in compiled.text else "amdgcn"
-            texts.append(normalised(name, compiled.text[name]) if compiled else [])
+            name = "amdgcn" if stage in ("ptx", "sass") and compiled and "amdgcn" in compiled.text else stage
+            texts.append(normalised(name, compiled.text.get(name, "")) if compiled else [])
             names.append(f"{compiled.kernel} {name}" if compiled else "(no kernel)")
         diff += difflib.unified_diff(*texts, *names, n=CONTEXT, lineterm="")
     return diff
@@ -281,6 +281,14 @@ class Gatherer:
             raise ValueError(f"stage {request.stage!r} does not exist; there are {', '.join(machine_code.STAGES)}")
         return request._replace(old=old.name, new=new.name, arch=arch)
 
+    def prepare(self, requests: list[Request]) -> None:
+        """Compile whatever these pairs need at once, which is quicker where each time takes another process."""
+        requests = [self.complete(request) for request in requests]
+        sides = [[self.case(name, request) for name in (request.old, request.new)] for request in requests]
+        machine_code.compile_cases(dict.fromkeys(case for pair in sides for case in pair))
+        alone = [case for old, new in sides if (case := self.alone(old, new, kernels_of(old), kernels_of(new)))]
+        machine_code.compile_cases(dict.fromkeys(alone))
+
     def pair(self, request: Request) -> dict:
         request = self.complete(request)
         old, new = self.sources[request.old], self.sources[request.new]
@@ -313,11 +321,9 @@ class Gatherer:
         """
         old, new = (self.case(name, request) for name in (request.old, request.new))
         columns = {request.old: kernels_of(old), request.new: kernels_of(new)}
-        if not any(isinstance(kernels, str) for kernels in columns.values()):
-            tiles = [tiles_of(kernels[0]) for kernels in columns.values()]
-            if tiles[0] != tiles[1]:
-                alone = {f"{request.new}, tiles of {request.old}": kernels_of(new._replace(tiles=tiles[0]))}
-                columns = {request.old: columns[request.old], **alone, request.new: columns[request.new]}
+        if alone := self.alone(old, new, *columns.values()):
+            last = columns.pop(request.new)
+            columns |= {f"{request.new}, tiles of {request.old}": kernels_of(alone), request.new: last}
         found = {name: kernels for name, kernels in columns.items() if not isinstance(kernels, str)}
         staged = [name for name in found if not (request.own_tiles and "tiles of" in name)][:2] if request.stage else []
         return {
@@ -328,6 +334,14 @@ class Gatherer:
             "staged": staged,
             "stage": stage_diff(request.stage, *(found[name] for name in staged)) if len(staged) == 2 else None,
         }
+
+    @staticmethod
+    def alone(old: machine_code.Case, new: machine_code.Case, *kernels: list | str) -> machine_code.Case | None:
+        """The newer version with the tiles of the older one; None where those are the same, or one does not compile."""
+        if any(isinstance(found, str) for found in kernels):
+            return None
+        tiles, own = (tiles_of(found[0]) for found in kernels)
+        return new._replace(tiles=tiles) if tiles != own else None
 
     def case(self, name: str, request: Request) -> machine_code.Case:
         shape = {"dtype": request.dtype, "causal": request.causal and self.family == "prefill"}
@@ -340,12 +354,20 @@ class Gatherer:
         note = None if any(measured.values()) else self.why_no_gain(old, new)
         return {"unit": self.unit, "measured_on": self.measured_on, "note": note, **measured}
 
+    def first_gain(self, name: str) -> dict:
+        """gain() of a version without a parent: over eager PyTorch, which writes the scores."""
+        from bench.book import FIRST_STEP, HALF, OWN
+
+        found = _gain(self.book, name, FIRST_STEP, OWN, HALF) if self.book else None
+        note = None if found else self.why_no_gain(name, FIRST_STEP)
+        return {"unit": self.unit, "measured_on": self.measured_on, "note": note, "own tiles": found}
+
     def why_no_gain(self, old: str, new: str) -> str:
         """One line where there is nothing measured to show."""
         script = f"run_{self.family}_bench.py"
         if self.book is None:
             return f"No records of {self.family} yet: {script} on a GPU writes them."
-        missing = [name for name in (old, new) if name not in self.book.versions]
+        missing = [name for name in (old, new) if name not in self.book.versions + self.book.peers]
         if missing:
             return f"No records of {' and '.join(missing)}; there are some of {', '.join(self.book.versions)}."
         return f"No run has both {old} and {new} at one shape, with green gates."

@@ -30,8 +30,16 @@ def test_elementwise(arch):
     for loop in kernel.loops:
         loads = loop.has("LDG.E.128")
         assert loads == loop.counts["global loads"] > 0
-        assert loop.counts["exponentials"] == loop.counts["max, min"] == 4 * loads
-        absent = ("tensor core", "reciprocals, divisions", "adds", "multiplies", "shuffles", "shared loads", "spills")
+        assert loop.counts["exponentials"] == loop.counts["max and min"] == 4 * loads
+        absent = (
+            "tensor core",
+            "reciprocals and divisions",
+            "adds",
+            "multiplies",
+            "shuffles",
+            "shared loads",
+            "spills",
+        )
         assert not any(loop.counts[kind] for kind in absent)
 
 
@@ -43,7 +51,7 @@ def test_reciprocals_are_found_in_the_loop_that_has_them(arch, in_loop):
         small_kernels.reciprocal_kernel, arch, FLOATS, FLOATS, 7, DIVIDE_IN_LOOP=in_loop, BLOCK=128, num_warps=1
     )
     for loop in kernel.loops:
-        assert loop.counts["reciprocals, divisions"] == (4 * loop.counts["global loads"] if in_loop else 0)
+        assert loop.counts["reciprocals and divisions"] == (4 * loop.counts["global loads"] if in_loop else 0)
     everywhere = sum(i.opcode.startswith("MUFU.RCP") for i in kernel.code.instructions)
     assert everywhere == (sum(loop.has("MUFU.RCP") for loop in kernel.loops) if in_loop else 4)
 
@@ -55,7 +63,7 @@ def test_row_max(arch):
     for loop in kernel.loops:
         loads = loop.counts["global loads"]
         assert loop.counts["shuffles"] == 5 * loads
-        assert loop.counts["max, min"] == 9 * loads
+        assert loop.counts["max and min"] == 9 * loads
 
 
 # 64 x 64 x 64 multiply-adds in four warps. HMMA.16816 does 2048 a warp: 262144 / 2048 / 4 = 32; QMMA.16832 twice that.
