@@ -110,7 +110,7 @@ def _normalised(source: str) -> str:
         documented = isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
         if documented and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
-    return ast.dump(tree)
+    return ast.unparse(tree)
 
 
 def _reachable_sources(kernels: tuple) -> list[str]:
