@@ -58,10 +58,10 @@ def flash_attention_kernel(
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # rows that have seen nothing: exp(-inf), not NaN
         p = tl.exp(qk - m_safe[:, None])
         alpha = tl.exp(m_i - m_safe)
+        l_i = l_i * alpha + tl.sum(p, 1)
         v = tl.load(V + v_offsets, mask=(offs_n < len_k)[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
         acc = acc * alpha[:, None]  # v2: numerators, not averages
         acc += tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        l_i = l_i * alpha + tl.sum(p, 1)
         m_i = m_new
         K += BLOCK_N * stride_k[2]
         V += BLOCK_N * stride_v[2]
