@@ -201,13 +201,15 @@ def loops_of(code: Code) -> list[Loop]:
     return found
 
 
+def innermost(loops: list[Loop], kind: str) -> list[Loop]:
+    """The loops with instructions of a kind that have no smaller one with them inside."""
+    having = [loop for loop in loops if loop.counts[kind]]
+    return [loop for loop in having if not any(set(other.body) < set(loop.body) for other in having)]
+
+
 def main_loops(loops: list[Loop]) -> list[Loop]:
-    """The innermost loops that hold tensor-core instructions; where there are none, exponentials (fp32, decoding)."""
-    for kind in ("tensor core", "exponentials"):
-        working = [loop for loop in loops if loop.counts[kind]]
-        if working:
-            return [loop for loop in working if not any(set(other.body) < set(loop.body) for other in working)]
-    return []
+    """The innermost loops with tensor-core instructions; where there are none, exponentials (fp32, decoding)."""
+    return innermost(loops, "tensor core") or innermost(loops, "exponentials")
 
 
 def _blocks(code: Code) -> tuple[list[int], list[list[int]]]:

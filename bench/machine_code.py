@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tabulate import tabulate
 
-from bench.disassembly import KINDS, Code, Loop, Place, loops_of, main_loops, read_amd, read_nvidia
+from bench.disassembly import KINDS, Code, Loop, Place, innermost, loops_of, main_loops, read_amd, read_nvidia
 
 if TYPE_CHECKING:  # importing them loads torch, which a cached answer can do without
     from common.hardware import GPU
@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # importing them loads torch, which a cached answer can do wi
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STAGES = ("ttir", "ttgir", "llir", "ptx", "sass")  # AMD has "amdgcn" for the last two
 SCORES = {"prefill": 128 * 128, "decoding": 128}  # that normalised counts are for
+TMA = "global loads (TMA)"
 UNIT = {"prefill": "a 128 x 128 tile of scores", "decoding": "128 keys of one head"}
 CACHED_FILES = 2000  # about 100 MB
 
@@ -101,6 +102,11 @@ class Compiled:
     def main_loops(self) -> list[Loop]:
         return main_loops(self.loops)
 
+    @property
+    def warp_specialized(self) -> bool:
+        """Groups of warps have code, and loops, of their own: one to load, others to compute."""
+        return "ttg.warp_specialize" in self.text["ttgir"]
+
 
 # ---- what was compiled, in numbers
 
@@ -129,7 +135,7 @@ def scores_an_iteration(compiled: Compiled, loop: Loop) -> float | None:
     constants = compiled.constants
     if "BLOCK_N" not in constants:
         return None
-    if "ttg.warp_specialize" in compiled.text["ttgir"]:
+    if compiled.warp_specialized:
         width = constants.get("BLOCK_D") or constants["HEAD_DIM"]
         return compiled.warps * multiply_adds_a_warp(loop) / (2 * width) or None
     return constants.get("BLOCK_M", 1) * constants["BLOCK_N"]
@@ -149,10 +155,17 @@ def multiply_adds_a_warp(loop: Loop) -> int:
 def loop_counts(compiled: Compiled, loop: Loop) -> dict[str, float]:
     """Instructions of each kind, summed over the warps, that the loop spends on UNIT of work: a 128 x 128 tile of Q K^T
     in prefill, so that different tiles compare. A turn of the loop where the kernel works out no scores.
+
+    Where another group of warps loads, by TMA, one thread does, once a tile of the block.
     """
     scores = scores_an_iteration(compiled, loop)
     factor = SCORES[compiled.family] * compiled.warps / scores if scores else 1
-    return {kind: loop.counts[kind] * factor for kind in KINDS if loop.counts[kind]}
+    counts = {kind: loop.counts[kind] * factor for kind in loop.counts}
+    if scores and compiled.warp_specialized and TMA not in counts:
+        tile = compiled.constants.get("BLOCK_M", 1) * compiled.constants["BLOCK_N"]
+        loading = innermost(compiled.loops, TMA)
+        counts[TMA] = sum(other.counts[TMA] for other in loading) * SCORES[compiled.family] / tile
+    return {kind: counts[kind] for kind in KINDS if counts.get(kind)}
 
 
 def leanest_loop(compiled: Compiled) -> Loop | None:
@@ -286,9 +299,8 @@ def _compile_here(missing: list[tuple[Case, pathlib.Path]], alone: bool = False)
 
 def _is_gluon(case: Case) -> bool:
     """Gluon kernels state their layouts: tiles that those do not fit may end the process that compiles them."""
-    from common.lineage import find_version
-
-    return any(kernel.is_gluon() for kernel in find_version(case.family, case.version).kernels)
+    version, _ = _found(case)
+    return any(kernel.is_gluon() for kernel in version.kernels if hasattr(kernel, "is_gluon"))
 
 
 def _compile_elsewhere(missing: list[tuple[Case, pathlib.Path]]) -> dict[Case, CompileError]:
@@ -302,34 +314,60 @@ def _compile_elsewhere(missing: list[tuple[Case, pathlib.Path]]) -> dict[Case, C
     return {missing[int(index)][0]: CompileError(reason) for index, reason in json.loads(child.stdout).items()}
 
 
-def _compile(case: Case) -> list[Compiled]:
-    import torch
+def own_tiles(case: Case) -> tuple[int, int, int, int] | None:
+    """The tiles that the version chooses for the case; None where it cannot run there."""
+    from common.hardware import pretend
+    from common.problem import FP8, AttentionProblem
 
-    from common.hardware import pretend, target_of
+    version, gpu = _found(case)
+    if version.why_not(gpu, case.dtype):
+        return None
+    q, k, v = (x.to(FP8[case.dtype]) if case.dtype in FP8 else x for x in _tensors(case))
+    with pretend(gpu):
+        if case.family == "decoding":
+            problem = AttentionProblem.decoding(q, k, v)
+        else:
+            problem = AttentionProblem.prefill(q, k, v, is_causal=case.causal, **_fp8_options(case))
+        return tuple(version.tiles(problem))
+
+
+def _found(case: Case) -> tuple[Version, GPU]:
     from common.lineage import find_version
 
-    version, gpu = find_version(case.family, case.version), gpu_of(case.arch)
-    if reason := version.why_not(gpu, case.dtype):  # first: a Gluon kernel for another GPU would end the process
-        raise CompileError(f"{version.name} on {case.arch}: {reason}")
-    is_fp8 = case.dtype in ("e4m3", "e5m2")
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}.get(case.dtype, torch.float16)
+    return find_version(case.family, case.version), gpu_of(case.arch)
+
+
+def _tensors(case: Case) -> tuple:
+    """q, k, v on device "meta", [B, H, S, D] views of [B, S, H, D]; 16 bits for FP8, which the call quantises."""
+    import torch
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(case.dtype, torch.float16)
 
     def tensor(seqlen, heads):
         return torch.empty(case.batch, seqlen, heads, case.head_dim, dtype=dtype, device="meta").transpose(1, 2)
 
-    q = tensor(1 if case.family == "decoding" else case.seqlen, case.heads_q)
-    k, v = (tensor(case.seqlen, case.heads_kv) for _ in "kv")
-    options = {"is_causal": case.causal} if case.family == "prefill" else {}
-    options |= {"use_fp8": True, "fp8_dtype": case.dtype} if is_fp8 else {}
-    if case.tiles:
-        from common.launch import Tiles
+    rows = 1 if case.family == "decoding" else case.seqlen
+    return tensor(rows, case.heads_q), tensor(case.seqlen, case.heads_kv), tensor(case.seqlen, case.heads_kv)
 
-        options["tiles"] = Tiles(*case.tiles)
+
+def _fp8_options(case: Case) -> dict:
+    return {"use_fp8": True, "fp8_dtype": case.dtype} if case.dtype in ("e4m3", "e5m2") else {}
+
+
+def _compile(case: Case) -> list[Compiled]:
+    from common.hardware import pretend, target_of
+    from common.launch import Tiles
+
+    version, gpu = _found(case)
+    if reason := version.why_not(gpu, case.dtype):  # first: a Gluon kernel for another GPU would end the process
+        raise CompileError(f"{version.name} on {case.arch}: {reason}")
+    options = {"is_causal": case.causal} if case.family == "prefill" else {}
+    options |= _fp8_options(case) | ({"tiles": Tiles(*case.tiles)} if case.tiles else {})
     names = {kernel.fn.__name__ for kernel in version.kernels}
     with pretend(gpu), warnings.catch_warnings(), recorded_launches(target_of(gpu)) as launches:
         warnings.simplefilter("ignore")  # that block pointers are deprecated, for one
         try:
-            version.call(q, k, v, **options)
+            version.call(*_tensors(case), **options)
         except Exception as error:  # the compiler's errors have no common class
             said = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = f"{type(error).__name__}: {said[-1] if said else ''}"

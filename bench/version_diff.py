@@ -134,11 +134,6 @@ def kernels_of(case: machine_code.Case) -> list[machine_code.Compiled] | str:
     return str(result) if isinstance(result, machine_code.CompileError) else [c for c in result if c.own]
 
 
-def tiles_of(compiled: machine_code.Compiled) -> tuple[int, int, int, int]:
-    """BLOCK_M, BLOCK_N, warps and stages, as a version's `tiles` argument takes them."""
-    return (compiled.constants.get("BLOCK_M", 1), compiled.constants["BLOCK_N"], compiled.warps, compiled.stages)
-
-
 def change(old: float | None, new: float | None) -> str:
     """ "-67%", "=", "new", "gone"; empty where one is no number."""
     if old is None or new is None:
@@ -283,11 +278,11 @@ class Gatherer:
 
     def prepare(self, requests: list[Request]) -> None:
         """Compile whatever these pairs need at once, which is quicker where each time takes another process."""
-        requests = [self.complete(request) for request in requests]
-        sides = [[self.case(name, request) for name in (request.old, request.new)] for request in requests]
-        machine_code.compile_cases(dict.fromkeys(case for pair in sides for case in pair))
-        alone = [case for old, new in sides if (case := self.alone(old, new, kernels_of(old), kernels_of(new)))]
-        machine_code.compile_cases(dict.fromkeys(alone))
+        needed = []
+        for request in map(self.complete, requests):
+            old, new = (self.case(name, request) for name in (request.old, request.new))
+            needed += [old, new, self.alone(old, new) or new]
+        machine_code.compile_cases(dict.fromkeys(needed))
 
     def pair(self, request: Request) -> dict:
         request = self.complete(request)
@@ -321,7 +316,7 @@ class Gatherer:
         """
         old, new = (self.case(name, request) for name in (request.old, request.new))
         columns = {request.old: kernels_of(old), request.new: kernels_of(new)}
-        if alone := self.alone(old, new, *columns.values()):
+        if alone := self.alone(old, new):
             last = columns.pop(request.new)
             columns |= {f"{request.new}, tiles of {request.old}": kernels_of(alone), request.new: last}
         found = {name: kernels for name, kernels in columns.items() if not isinstance(kernels, str)}
@@ -336,12 +331,10 @@ class Gatherer:
         }
 
     @staticmethod
-    def alone(old: machine_code.Case, new: machine_code.Case, *kernels: list | str) -> machine_code.Case | None:
-        """The newer version with the tiles of the older one; None where those are the same, or one does not compile."""
-        if any(isinstance(found, str) for found in kernels):
-            return None
-        tiles, own = (tiles_of(found[0]) for found in kernels)
-        return new._replace(tiles=tiles) if tiles != own else None
+    def alone(old: machine_code.Case, new: machine_code.Case) -> machine_code.Case | None:
+        """The newer version with the tiles of the older one; None where those are the same, or one cannot run there."""
+        tiles, own = machine_code.own_tiles(old), machine_code.own_tiles(new)
+        return new._replace(tiles=tiles) if tiles and own and tiles != own else None
 
     def case(self, name: str, request: Request) -> machine_code.Case:
         shape = {"dtype": request.dtype, "causal": request.causal and self.family == "prefill"}
