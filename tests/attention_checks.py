@@ -1,4 +1,4 @@
-"""What the tests of the kernels share: cases, tensors in many layouts amid NaN, calls in poisoned memory, limits."""
+"""What the tests of the kernels share: cases, tensors in many layouts amid NaN, calls in guarded memory, limits."""
 
 import contextlib
 import math
@@ -147,16 +147,27 @@ def huge(shape: tuple, strides: tuple, dtype, device) -> torch.Tensor:
 # ---- calls
 
 
-@contextlib.contextmanager
-def poisoned_memory():
-    """Whatever is allocated inside holds 0xFF bytes, NaN in every float format: an element never written shows."""
+MARGIN = 2**18  # bytes before and after what a call allocates: more than the widest tile
 
-    def poisoned(function):
+
+@contextlib.contextmanager
+def guarded_memory():
+    """Whatever is allocated inside holds 0xFF bytes, NaN in every float format, and lies between margins of the same.
+
+    An element that is never written shows as NaN; a write beside a tensor shows in a margin, at the end.
+    """
+    made = []
+
+    def guarded(function):
         def allocate(*args, **kwargs):
-            made = function(*args, **kwargs)
-            if made.device.type != "meta" and made.numel():
-                made.untyped_storage().fill_(255)
-            return made
+            x = function(*args, **kwargs)
+            if x.device.type == "meta" or not x.numel():
+                return x
+            size = (1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))) * x.itemsize
+            memory = torch.full((size + 2 * MARGIN,), 255, dtype=torch.uint8, device=x.device)
+            made.append((memory, size))
+            inside = memory[MARGIN : MARGIN + size]
+            return inside.view(x.dtype).as_strided(x.shape, x.stride())
 
         return allocate
 
@@ -164,8 +175,11 @@ def poisoned_memory():
         for owner, name in (
             (torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")
         ):  # fmt: skip
-            stack.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name))))
+            stack.enter_context(mock.patch.object(owner, name, guarded(getattr(owner, name))))
         yield
+    for memory, size in made:
+        beside = torch.cat([memory[:MARGIN], memory[MARGIN + size :]])
+        assert (beside == 255).all(), "memory beside a tensor was written"
 
 
 def tensor_bytes(x: torch.Tensor) -> torch.Tensor:
@@ -194,12 +208,12 @@ def skip_unless_served(version, q, k, v, **arguments):
 
 
 def call(version, q, k, v, dtype: str = "fp16", **arguments):
-    """version.call in poisoned memory; q, k and v must come out as they went in. dtype "e4m3", "e5m2": use_fp8."""
+    """version.call in guarded memory; q, k and v must come out as they went in. dtype "e4m3", "e5m2": use_fp8."""
     if dtype in FP8_LIMIT:
         arguments |= {"use_fp8": True, "fp8_dtype": dtype}
     skip_unless_served(version, q, k, v, **arguments)
     before = [tensor_bytes(x).clone() for x in (q, k, v)]
-    with poisoned_memory():
+    with guarded_memory():
         result = version.call(q, k, v, **arguments)
     for name, x, was in zip("qkv", (q, k, v), before, strict=True):
         assert torch.equal(tensor_bytes(x), was), f"{name} was modified"

@@ -36,8 +36,9 @@ def pytest_configure(config):
         from bench.interpreter import install
 
         install()
-        # numpy's remarks on log(0) and 0 / 0, which kernels select away afterwards
-        config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+        # numpy's remarks on log(0) and 0 / 0, which kernels select away afterwards, and on triton's own use of it
+        for warning in ("RuntimeWarning", "DeprecationWarning"):
+            config.addinivalue_line("filterwarnings", f"ignore::{warning}:triton.runtime.interpreter")
     hypothesis.settings.register_profile(
         "lineage",
         max_examples=6 if _interpreting() else 10,
@@ -108,6 +109,49 @@ def launches(monkeypatch) -> list[tuple]:
 
     monkeypatch.setattr(KernelInterface, "__getitem__", record)
     return grids
+
+
+@pytest.fixture
+def own_memory_alone(monkeypatch):
+    """Interpreted kernels fail if an address that they read or write lies in none of the tensors that they were given.
+
+    A read past the end that a mask drops afterwards changes no number, and faults only where the memory ends.
+    """
+    if not _interpreting():
+        pytest.skip("needs the interpreter; on a GPU compute-sanitizer tells")
+    import numpy
+    import torch
+    from triton.runtime import interpreter
+
+    shipped, prepare, extents = interpreter._interpreter, interpreter.GridExecutor._init_args_hst, []
+
+    def note_tensors(executor, arguments, options):
+        tensors = [x for x in (*arguments, *options.values()) if isinstance(x, torch.Tensor) and x.numel()]
+        reach = [1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) for x in tensors]
+        extents[:] = [(x.data_ptr(), x.data_ptr() + n * x.itemsize) for x, n in zip(tensors, reach, strict=True)]
+        return prepare(executor, arguments, options)
+
+    def check(pointers, mask, itemsize):
+        used = numpy.asarray(pointers)[numpy.asarray(mask, dtype=bool)].astype(numpy.int64)
+        inside = numpy.zeros(used.shape, dtype=bool)
+        for start, end in extents:
+            inside |= (used >= start) & (used + itemsize <= end)
+        assert inside.all(), f"{(~inside).sum()} of {inside.size} addresses lie in no tensor of the kernel"
+
+    class Checked:
+        def __getattr__(self, name):
+            return getattr(shipped, name)
+
+        def load(self, pointers, mask, other, dtype):
+            check(pointers, mask, numpy.dtype(dtype).itemsize)
+            return shipped.load(pointers, mask, other, dtype)
+
+        def store(self, pointers, value, mask):
+            check(pointers, mask, value.itemsize)
+            return shipped.store(pointers, value, mask)
+
+    monkeypatch.setattr(interpreter, "_interpreter", Checked())
+    monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", note_tensors)
 
 
 @pytest.fixture

@@ -56,6 +56,22 @@ def test_splits(version, num_splits, dtype, device):
     check(version, case, dtype, device, tiles=small_tiles(version), num_splits=num_splits)
 
 
+@every_version
+def test_more_splits_than_the_merge_takes_at_once(version, device):
+    """Forty splits with keys, so that the merge has several steps; the last ones weigh most, so that it rescales."""
+    q, k, v = Case(1, 1, 1, seqlen_k=40 * 16, head_dim=16).tensors("fp16", device)
+    k[:, :, 39 * 16 :] *= 4
+    out, lse = call(version, q, k, v, return_lse=True, tiles=small_tiles(version, block_n=16), num_splits=40)
+    assert_close(out, q, k, v, "fp16", lse=lse)
+
+
+@every_version
+@table("case", {"tails": Case(1, 2, 2, 1, 75, 59), "lengths": Case(2, 2, 1, 1, 130, 40, lengths_k=(130, 35))})
+def test_touches_its_own_memory_alone(version, case, device, own_memory_alone):
+    """Loads past the end of a tensor: invisible until nothing lies there."""
+    check(version, vary(case, layout="bhsd"), "fp16", device, tiles=small_tiles(version), num_splits=3)
+
+
 LAYOUTS = {
     "bhsd": "bhsd",
     "bshd": "bshd",

@@ -129,6 +129,20 @@ def test_nan_past_the_lengths(version, dtype, device):
         assert_close(dirty, q, k, v, dtype, **options)
 
 
+TIGHT = {
+    "tails": Case(1, 2, 2, 33, 45, 59, layout="bhsd"),
+    "lengths": Case(2, 1, 1, 40, 70, 40, lengths_q=(40, 17), lengths_k=(70, 35), layout="bhsd"),
+    "causal-gqa": Case(1, 4, 2, 75, 40, 80, causal=True, layout="bshd"),
+}
+
+
+@half_and_fp8
+@table("case", TIGHT)
+def test_touches_its_own_memory_alone(version, dtype, case, device, own_memory_alone):
+    """Loads past the end of a tensor: invisible until nothing lies there."""
+    check(version, case, dtype, device, tiles=small_tiles(version))
+
+
 @every_version
 def test_nan_in_keys_not_seen(version, device):
     """NaN in K at a position that a row does not see, but that lies in a block it visits, stays away from that row."""

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from attention_checks import Case, all_versions, assert_close, call, poisoned_memory, round_fp8, tensor_bytes
+from attention_checks import Case, all_versions, assert_close, call, guarded_memory, round_fp8, tensor_bytes
 
-from common.problem import FP8
-from common.quantize import quantize_fp8
+from common.problem import FP8, AttentionProblem
+from common.quantize import quantize_fp8, quantize_problem
 
 formats = pytest.mark.parametrize("fp8_dtype", ["e4m3", "e5m2"])
 fp8_versions = all_versions("prefill", fp8=True)
@@ -15,7 +15,7 @@ CASE = Case(2, 4, 2, 37, 75, 59, causal=True)
 
 
 def quantized(q, k, v, fp8_dtype):
-    with poisoned_memory():
+    with guarded_memory():
         return quantize_fp8(q, k, v, fp8_dtype)
 
 
@@ -92,6 +92,9 @@ def test_any_layout_of_float8_values(version, device):
     descales = dict(zip(("descale_q", "descale_k", "descale_v"), descales, strict=True))
     wanted = call(version, q, k, v, "e4m3", **descales)
     assert torch.equal(call(version, q, k, v.contiguous(), "e4m3", **descales), wanted)
+    laid_out = AttentionProblem.prefill(q, k, v.contiguous(), use_fp8=True)
+    quantize_problem(laid_out, "e4m3")
+    assert laid_out.v.stride(2) == 1 and torch.equal(tensor_bytes(laid_out.v), tensor_bytes(v))
     bshd = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     assert torch.equal(call(version, *bshd, "e4m3", **descales), wanted)
 
