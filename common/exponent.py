@@ -18,3 +18,8 @@ def turn_negative_scale(problem: AttentionProblem):
     if problem.scale < 0:
         q, problem.scale = problem.q, -problem.scale
         problem.q = -q if q.dtype.itemsize > 1 else (q.view(torch.uint8) ^ 0x80).view(q.dtype)
+
+
+def scale_log2(problem: AttentionProblem) -> float:
+    """The problem's scale for exp2, above zero: its own times log2(e), the smallest normal float32 for 0."""
+    return max(problem.scale * LOG2_E.value, SMALLEST.value)

@@ -13,6 +13,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from common.hardware import detect_gpu
+from common.problem import AttentionProblem
+
 # renamed in Triton 3.8; the old names are gone in 3.9
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -43,15 +46,58 @@ def fill(ring, desc, coordinates, i, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def wait_full(ring, i, SLOTS: gl.constexpr):
+def wait_full(ring, i, SLOTS: gl.constexpr, pred=True):
     """Consumer: wait until block number i has landed."""
-    mbarrier.wait(ring[1].index(i % SLOTS), (i // SLOTS) & 1)
+    mbarrier.wait(ring[1].index(i % SLOTS), (i // SLOTS) & 1, pred=pred)
 
 
 @gluon.jit
-def release(ring, i, SLOTS: gl.constexpr):
+def release(ring, i, SLOTS: gl.constexpr, pred=True):
     """Consumer: block number i has been read."""
-    mbarrier.arrive(ring[2].index(i % SLOTS), count=1)
+    mbarrier.arrive(ring[2].index(i % SLOTS), count=1, pred=pred)
+
+
+@gluon.jit
+def skip(ring, first, last, SLOTS: gl.constexpr):
+    """Consumer: blocks first..last (last excluded) are for other groups; let them pass."""
+    for i in range(first, last):
+        wait_full(ring, i, SLOTS)
+        release(ring, i, SLOTS)
+
+
+# sizes below is (seqlen_q, seqlen_k, window_left, window_right), the bounds None where there are none: common/masking.py
+
+
+@gluon.jit
+def key_blocks(start_m, sizes, ROWS: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Blocks of keys that ROWS rows from start_m see: the first, one past the last, one past those that need no mask."""
+    seqlen_q, seqlen_k, window_left, window_right = sizes
+    lo = start_m * 0
+    hi = lo + gl.cdiv(seqlen_k, BLOCK_N)
+    whole = lo + seqlen_k // BLOCK_N
+    if window_right is not None:
+        last_row = gl.minimum(start_m + ROWS, seqlen_q) - 1
+        hi = gl.minimum(hi, (last_row + seqlen_k - seqlen_q + window_right) // BLOCK_N + 1)
+        whole = gl.minimum(whole, (start_m + seqlen_k - seqlen_q + window_right + 1) // BLOCK_N)
+    if window_left is not None:
+        lo = gl.maximum(start_m + seqlen_k - seqlen_q - window_left, 0) // BLOCK_N
+        whole = lo
+    return lo, gl.maximum(hi, lo + 1), gl.maximum(whole, lo)
+
+
+@gluon.jit
+def masked(qk, offs_m, start_n, sizes):
+    """qk [rows, keys] with -inf where a row does not see a key."""
+    seqlen_q, seqlen_k, window_left, window_right = sizes
+    offs_n = gl.expand_dims(start_n + gl.arange(0, qk.shape[1], layout=gl.SliceLayout(0, qk.type.layout)), 0)
+    own_key = gl.expand_dims(offs_m + (seqlen_k - seqlen_q), 1)
+    last_key = own_key * 0 + (seqlen_k - 1)
+    if window_right is not None:
+        last_key = gl.minimum(own_key + window_right, last_key)
+    visible = offs_n <= last_key
+    if window_left is not None:
+        visible = visible & (offs_n >= own_key - window_left)
+    return gl.where(visible, qk, -float("inf"))
 
 
 @functools.cache
@@ -74,4 +120,41 @@ def why_no_tma(*tensors: torch.Tensor) -> str | None:
             return f"has no TMA descriptor for an empty tensor, {list(x.shape)}"
         if x.data_ptr() % 16 or any(stride * x.itemsize % 16 for stride in x.stride()[:-1]) or x.stride(-1) != 1:
             return f"needs tensors that start and step in multiples of 16 bytes for TMA, here strides {list(x.stride())}"
+    return None
+
+
+def declines_on_hopper(
+    q, k, v, *, is_causal=False, window=None, seqlens_q=None, seqlens_k=None, out=None, use_fp8=False, **_
+):  # fmt: skip
+    """What the Gluon versions do not serve of a call's arguments: one line, or None."""
+    if use_fp8:
+        return "takes 16-bit tensors"
+    rows = 0 if q.ndim == 3 else -2
+    bounded = is_causal or window is not None
+    return _declines(q.dtype, bounded, q.shape[rows], k.shape[rows], seqlens_q, seqlens_k) or why_no_tma(
+        *(x.transpose(0, 1) if q.ndim == 3 else x for x in (q, k, v, out) if x is not None)
+    )
+
+
+def refuse_on_hopper(problem: AttentionProblem, max_head_dim: int = 256):
+    """ValueError where the Gluon versions do not serve a problem, or this GPU is no Hopper."""
+    p, gpu = problem, detect_gpu(problem.q.device)
+    bounded = p.window_left is not None or p.window_right is not None
+    reason = _declines(p.dtype, bounded, p.seqlen_q, p.seqlen_k, p.seqlens_q, p.seqlens_k)
+    reason = reason or why_no_tma(p.q, p.k, p.v, p.out)
+    if p.head_dim > max_head_dim:
+        reason = f"takes head_dim up to {max_head_dim}, not {p.head_dim}"
+    if gpu.capability != (9, 0):
+        reason = f"needs compute capability 9.0, this is {gpu.name}"
+    if reason:
+        raise ValueError(f"this version {reason}; prefill.flash_attention takes the newest that serves the call")
+
+
+def _declines(dtype, bounded, seqlen_q, seqlen_k, seqlens_q, seqlens_k) -> str | None:
+    if dtype.itemsize != 2:
+        return "takes 16-bit tensors"
+    if seqlens_q is not None or seqlens_k is not None:
+        return "takes no seqlens_q or seqlens_k: past a length TMA would load what is there, NaN too"
+    if bounded and seqlen_q > seqlen_k:
+        return "takes causal and window only where every row sees a key: not more queries than keys"
     return None

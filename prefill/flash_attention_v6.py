@@ -8,19 +8,29 @@ Expect: v5 leaves the tensor cores idle while a group does its softmax, so about
 Limits: Hopper only; 16-bit, full blocks of the TMA unit (16-byte steps), scale > 0, no lengths, no empty rows.
 """
 
-import math
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from common.hopper import allocate_ring, descriptor, fill, release, tma_store, wait_full, why_no_tma
+from common.exponent import scale_log2, turn_negative_scale
+from common.hopper import (
+    allocate_ring,
+    declines_on_hopper,
+    descriptor,
+    fill,
+    key_blocks,
+    masked,
+    refuse_on_hopper,
+    release,
+    skip,
+    tma_store,
+    wait_full,
+)
 from common.launch import Tiles, block_d, cdiv, launch
 from common.lineage import Requires, Version
 from common.problem import AttentionProblem
@@ -28,31 +38,22 @@ from common.schedule import heads_in_l2
 
 
 @gluon.jit
-def tile_of(
-    pid, n_m, n_g, heads, heads_q, heads_kv, seqlen_q, seqlen_k, window_left, window_right, BM: gl.constexpr,
-    BN: gl.constexpr,
-):  # fmt: skip
-    """Batch, head, KV head, first row and range of KV blocks of program pid: heavy tiles first, n_g heads side by side."""
+def tile_of(n_m, n_g, heads_q, heads_kv, BLOCK_M: gl.constexpr):
+    """Batch, head, KV head and first row of this program: the last rows first, n_g heads side by side."""
+    pid = gl.program_id(0)
     first = pid // (n_m * n_g) * n_g
-    n_g = gl.minimum(n_g, heads - first)
+    n_g = gl.minimum(n_g, gl.num_programs(0) // n_m - first)
     r = pid - first * n_m
     off_bh = first + r % n_g
-    start_m = (n_m - 1 - r // n_g) * BM
-    off_b = off_bh // heads_q
     off_h = off_bh % heads_q
-    lo = start_m * 0
-    hi = gl.cdiv(seqlen_k, BN) + lo
-    if window_right is not None:
-        hi = gl.minimum(hi, gl.cdiv(gl.minimum(start_m + BM, seqlen_q) + seqlen_k - seqlen_q + window_right, BN))
-    if window_left is not None:
-        lo = gl.maximum(start_m + seqlen_k - seqlen_q - window_left, 0) // BN
-    return off_b, off_h, off_h // (heads_q // heads_kv), start_m, lo, hi
+    return off_bh // heads_q, off_h, off_h // (heads_q // heads_kv), (n_m - 1 - r // n_g) * BLOCK_M
 
 
 @gluon.jit
-def producer(descs, q_ring, k_ring, v_ring, tile, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
+def producer(descs, q_ring, k_ring, v_ring, tile, sizes, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
     q_desc, k_desc, v_desc = descs
-    off_b, off_h, off_hk, start_m, lo, hi = tile
+    off_b, off_h, off_hk, start_m = tile
+    lo, hi, _ = key_blocks(start_m, sizes, BM, BN)
     for g in gl.static_range(2):
         fill(q_ring, q_desc, [off_b, off_h, start_m + g * (BM // 2), 0], g, 2)
     fill(k_ring, k_desc, [off_b, off_hk, (hi - 1) * BN, 0], 0, STAGES)
@@ -60,19 +61,6 @@ def producer(descs, q_ring, k_ring, v_ring, tile, BM: gl.constexpr, BN: gl.const
         fill(k_ring, k_desc, [off_b, off_hk, (hi - 1 - j) * BN, 0], j, STAGES)
         fill(v_ring, v_desc, [off_b, off_hk, (hi - j) * BN, 0], j - 1, STAGES)
     fill(v_ring, v_desc, [off_b, off_hk, lo * BN, 0], hi - lo - 1, STAGES)
-
-
-@gluon.jit
-def masked(qk, offs_m, start_n, seqlen_q, seqlen_k, window_left, window_right, BN: gl.constexpr):
-    """qk with -inf where a row does not see a key."""
-    offs_n = start_n + gl.arange(0, BN, layout=gl.SliceLayout(0, qk.type.layout))
-    distance = gl.expand_dims(offs_n, 0) - gl.expand_dims(offs_m + seqlen_k - seqlen_q, 1)
-    visible = gl.expand_dims(offs_n < seqlen_k, 0)
-    if window_right is not None:
-        visible = visible & (distance <= window_right)
-    if window_left is not None:
-        visible = visible & (distance >= -window_left)
-    return gl.where(visible, qk, -float("inf"))
 
 
 @gluon.jit
@@ -93,7 +81,6 @@ def step(
     GUARD: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """QK^T of block j, PV of block j - 1, the softmax of block j."""
-    seqlen_q, seqlen_k, window_left, window_right = sizes
     BN: gl.constexpr = zero.shape[1]
     HEAD_DIM: gl.constexpr = acc.shape[1]
     wait_full(k_ring, j, STAGES)
@@ -107,7 +94,7 @@ def step(
     qk = warpgroup_mma_wait(1, deps=[qk_pending])
     release(k_ring, j, STAGES)
     if MASK:
-        qk = masked(qk, offs_m, start_n, seqlen_q, seqlen_k, window_left, window_right, BN)
+        qk = masked(qk, offs_m, start_n, sizes)
     p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, scale_log2, GUARD)
     # V of this block is needed next anyway. Its wait ends the basic block: ptxas would else hoist the wait for PV above
     # the softmax, and nothing would overlap.
@@ -127,18 +114,13 @@ def consumer(
     dtype: gl.constexpr = o_desc.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    off_b, off_h, _, start_m, lo, tile_hi = tile
-    seqlen_q, seqlen_k, window_left, window_right = sizes
+    off_b, off_h, _, start_m = tile
+    lo, tile_hi, _ = key_blocks(start_m, sizes, BM, BN)
     start_m += g * MW
+    _, hi, whole = key_blocks(start_m, sizes, MW, BN)  # this group's own: it may not see the tile's last blocks
+    hi = gl.minimum(gl.maximum(hi, lo + 1), tile_hi)
+    whole = gl.maximum(whole, lo)
     offs_m = start_m + gl.arange(0, MW, layout=gl.SliceLayout(1, S_LAYOUT))
-    hi = tile_hi
-    clean = seqlen_k // BN  # blocks below this one need no mask
-    if window_right is not None:
-        hi = gl.minimum(hi, gl.cdiv(gl.minimum(start_m + MW, seqlen_q) + seqlen_k - seqlen_q + window_right, BN))
-        hi = gl.maximum(hi, lo + 1)
-        clean = gl.minimum(clean, (start_m + seqlen_k - seqlen_q + window_right + 1) // BN)
-    if window_left is not None:
-        clean = lo
     q = q_ring[0].index(g).reshape([MW, HEAD_DIM])
     zero = gl.zeros([MW, BN], gl.float32, S_LAYOUT)
     m_i = gl.full([MW], -float("inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
@@ -146,28 +128,25 @@ def consumer(
     acc = gl.zeros([MW, HEAD_DIM], gl.float32, O_LAYOUT)
 
     wait_full(q_ring, g, 2)
-    for j in range(tile_hi - hi):  # blocks that only the other group sees
-        wait_full(k_ring, j, STAGES)
-        release(k_ring, j, STAGES)
-        wait_full(v_ring, j, STAGES)
-        release(v_ring, j, STAGES)
     j = tile_hi - hi
+    skip(k_ring, 0, j, STAGES)
+    skip(v_ring, 0, j, STAGES)
     wait_full(k_ring, j, STAGES)
     k = k_ring[0].index(j % STAGES).reshape([BN, HEAD_DIM])
     qk = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
     qk = warpgroup_mma_wait(0, deps=[qk])
     release(k_ring, j, STAGES)
     if MASK:
-        qk = masked(qk, offs_m, (hi - 1) * BN, seqlen_q, seqlen_k, window_left, window_right, BN)
+        qk = masked(qk, offs_m, (hi - 1) * BN, sizes)
     p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, scale_log2, GUARD)
     p16 = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
     if MASK and GUARD:
-        for j in range(tile_hi - hi + 1, tile_hi - gl.maximum(clean, lo)):
-            start_n = (tile_hi - 1 - j) * BN
+        for j in range(tile_hi - hi + 1, tile_hi - whole):
             p16, acc, m_i, l_i, alpha = step(
-                j, q, p16, acc, m_i, l_i, alpha, zero, offs_m, start_n, k_ring, v_ring, sizes, scale_log2, True, True, STAGES
-            )
-        hi = gl.minimum(hi, gl.maximum(clean, lo) + 1)
+                j, q, p16, acc, m_i, l_i, alpha, zero, offs_m, (tile_hi - 1 - j) * BN, k_ring, v_ring, sizes, scale_log2,
+                True, True, STAGES,
+            )  # fmt: skip
+        hi = gl.minimum(hi, whole + 1)
     for j in range(tile_hi - hi + 1, tile_hi - lo):
         # v6: QK^T of block j and PV of block j - 1 are in flight together; the softmax of block j runs under PV
         p16, acc, m_i, l_i, alpha = step(
@@ -186,7 +165,7 @@ def consumer(
     tma_store(o_desc, [off_b, off_h, start_m, 0], q_ring[0].index(g))
     if LSE is not None:
         lse = (m_i * scale_log2 + gl.log2(l_i)) * 0.6931471805599453
-        gl.store(LSE + (off_b * heads_q + off_h).to(gl.int64) * seqlen_q + offs_m, lse, mask=offs_m < seqlen_q)
+        gl.store(LSE + (off_b * heads_q + off_h).to(gl.int64) * sizes[0] + offs_m, lse, mask=offs_m < sizes[0])
     tma.store_wait(0)
 
 
@@ -200,16 +179,14 @@ def flash_attention_kernel(
     q_ring = allocate_ring(q_desc, 2, 1)
     k_ring = allocate_ring(k_desc, STAGES, 2)
     v_ring = allocate_ring(v_desc, STAGES, 2)
-    tile = tile_of(
-        gl.program_id(0), n_m, n_g, gl.num_programs(0) // n_m, heads_q, heads_kv, seqlen_q, seqlen_k, window_left, window_right, BLOCK_M, BLOCK_N
-    )
+    tile = tile_of(n_m, n_g, heads_q, heads_kv, BLOCK_M)
     sizes = (seqlen_q, seqlen_k, window_left, window_right)
     gl.warp_specialize([
         (consumer, (0, o_desc, LSE, q_ring, k_ring, v_ring, tile, heads_q, sizes, scale_log2, MASK, GUARD, HEAD_DIM,
                     BLOCK_M, BLOCK_N, STAGES)),
         (consumer, (1, o_desc, LSE, q_ring, k_ring, v_ring, tile, heads_q, sizes, scale_log2, MASK, GUARD, HEAD_DIM,
                     BLOCK_M, BLOCK_N, STAGES)),
-        (producer, ((q_desc, k_desc, v_desc), q_ring, k_ring, v_ring, tile, BLOCK_M, BLOCK_N, STAGES)),
+        (producer, ((q_desc, k_desc, v_desc), q_ring, k_ring, v_ring, tile, sizes, BLOCK_M, BLOCK_N, STAGES)),
     ], [4, 1], [240, 24])  # fmt: skip  # 12 warps of 168 registers: two groups take 240 and leave the producer 24
 
 
@@ -218,42 +195,29 @@ def tiles_for(problem: AttentionProblem) -> Tiles:
     return Tiles(128, 64 if problem.head_dim > 128 else 128, 4, 2)
 
 
-def declines(q, k, v, *, is_causal=False, scale=None, window=None, seqlens_q=None, seqlens_k=None, out=None, **_):
-    """Why these arguments are not served: one line, or None."""
-    if q.dtype.itemsize != 2 or _.get("use_fp8"):
-        return "takes 16-bit tensors"
-    if q.ndim == 3:
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    if seqlens_q is not None or seqlens_k is not None:
-        return "takes no seqlens_q or seqlens_k"
-    if scale is not None and not scale > 0:
-        return f"takes a positive scale, not {scale}"
-    if (is_causal or window) and q.shape[2] > k.shape[2]:
-        return "takes causal and window only where every row sees a key: not more queries than keys"
-    return why_no_tma(q, k, v, *(() if out is None else (out,)))
-
-
 def call_flash_attention_v6(
     q, k, v, *, is_causal=False, scale=None, window=None, seqlens_q=None, seqlens_k=None, return_lse=False, out=None,
-    tiles=None, use_fp8=False, fp8_dtype="e4m3",
+    tiles=None,
 ):  # fmt: skip
     """Attention of q [B, Hq, Sq, D] over k, v [B, Hkv, Sk, D] (or [S, H, D] each); prefill.flash_attention says the rest."""
     problem = AttentionProblem.prefill(
         q, k, v, is_causal=is_causal, scale=scale, window=window, seqlens_q=seqlens_q, seqlens_k=seqlens_k,
         return_lse=return_lse, out=out,
     )  # fmt: skip
-    p, tiles = problem, tiles or tiles_for(problem)
-    width, n_m = max(64, block_d(p)), cdiv(p.seqlen_q, tiles.BLOCK_M)
-    heads, shift = p.batch * p.heads_q, p.seqlen_k - p.seqlen_q
-    masked_at_all = p.window_left is not None or p.window_right is not None or p.seqlen_k % tiles.BLOCK_N != 0
-    aligned = p.window_left is None and (p.window_right is None or (shift + p.window_right) % tiles.BLOCK_N == 0)
+    refuse_on_hopper(problem)
+    turn_negative_scale(problem)
+    p, (BLOCK_M, BLOCK_N, num_warps, stages) = problem, tiles or tiles_for(problem)
+    width, n_m = max(64, block_d(p)), cdiv(p.seqlen_q, BLOCK_M)
+    bounded = p.window_left is not None or p.window_right is not None
+    # where the diagonal meets the corners of blocks, a group's first block holds a key for each of its rows
+    aligned = p.window_left is None and (not bounded or (p.seqlen_k - p.seqlen_q + p.window_right) % BLOCK_N == 0)
     launch(
-        flash_attention_kernel, (n_m * heads,), p.q.device,
-        descriptor(p.q, tiles.BLOCK_M // 2, width), descriptor(p.k, tiles.BLOCK_N, width),
-        descriptor(p.v, tiles.BLOCK_N, width), descriptor(p.out, tiles.BLOCK_M // 2, width), p.lse,
-        p.heads_q, p.heads_kv, p.seqlen_q, p.seqlen_k, p.scale * math.log2(math.e), p.window_left, p.window_right,
-        n_m, heads_in_l2(p), MASK=masked_at_all, GUARD=not aligned,
-        HEAD_DIM=width, BLOCK_M=tiles.BLOCK_M, BLOCK_N=tiles.BLOCK_N, STAGES=tiles.num_stages, num_warps=4, maxnreg=168,
+        flash_attention_kernel, (n_m * p.batch * p.heads_q,), p.q.device,
+        descriptor(p.q, BLOCK_M // 2, width), descriptor(p.k, BLOCK_N, width), descriptor(p.v, BLOCK_N, width),
+        descriptor(p.out, BLOCK_M // 2, width), p.lse, p.heads_q, p.heads_kv, p.seqlen_q, p.seqlen_k, scale_log2(p),
+        p.window_left, p.window_right, n_m, heads_in_l2(p), MASK=bounded or p.seqlen_k % BLOCK_N != 0,
+        GUARD=not aligned, HEAD_DIM=width, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=stages, num_warps=num_warps,
+        maxnreg=168,
     )  # fmt: skip
     return problem.result()
 
@@ -262,5 +226,5 @@ VERSION = Version(
     family="prefill", number=6, title="Gluon, warp specialization by hand",
     idea="A producer warp and two consumer warpgroups; asynchronous WGMMA with the softmax under it.",
     parent=5, requires=Requires(capability=(9, 0), exactly=True, amd=False, interpreter=False),
-    call=call_flash_attention_v6, kernels=(flash_attention_kernel,), tiles=tiles_for, declines=declines,
+    call=call_flash_attention_v6, kernels=(flash_attention_kernel,), tiles=tiles_for, declines=declines_on_hopper,
 )  # fmt: skip
