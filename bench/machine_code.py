@@ -275,26 +275,23 @@ def compile_cases(cases: Iterable[Case]) -> list[list[Compiled] | CompileError]:
     cases = list(cases)
     paths = [_cache_path(case) for case in cases]
     missing = [(case, path) for case, path in zip(cases, paths, strict=True) if not path.exists()]
-    errors = {}
     if missing:
         from common.hardware import interpreting
 
-        errors = (_compile_elsewhere if interpreting() else _compile_here)(missing)
-    return [errors.get(case) or _load(path) for case, path in zip(cases, paths, strict=True)]
+        (_compile_elsewhere if interpreting() else _compile_here)(missing)
+    return [_load(path) for path in paths]
 
 
-def _compile_here(missing: list[tuple[Case, pathlib.Path]], alone: bool = False) -> dict[Case, CompileError]:
-    """alone: this process is there for one case, so that it may end with it."""
-    errors = {}
+def _compile_here(missing: list[tuple[Case, pathlib.Path]], alone: bool = False) -> None:
+    """Put each case's result where it is looked for. alone: this process is there for one case, and may end with it."""
     for case, path in missing:
         if case.tiles and _is_gluon(case) and not alone:
-            errors |= _compile_elsewhere([(case, path)])
+            _compile_elsewhere([(case, path)])
             continue
         try:
             _store(path, _compile(case))
         except CompileError as error:
-            errors[case] = error
-    return errors
+            _store(path, error)
 
 
 def _is_gluon(case: Case) -> bool:
@@ -303,15 +300,17 @@ def _is_gluon(case: Case) -> bool:
     return any(kernel.is_gluon() for kernel in version.kernels if hasattr(kernel, "is_gluon"))
 
 
-def _compile_elsewhere(missing: list[tuple[Case, pathlib.Path]]) -> dict[Case, CompileError]:
+def _compile_elsewhere(missing: list[tuple[Case, pathlib.Path]]) -> None:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.machine_code", "--work"]
     work = json.dumps([(case, str(path)) for case, path in missing])
     child = subprocess.run(command, cwd=ROOT, env=env, input=work, capture_output=True, text=True)
-    if child.returncode:
-        reason = f"the compiler ended with exit status {child.returncode}"
-        return {c: CompileError(f"{c.version}, {c.label()}: {reason}") for c, path in missing if not path.exists()}
-    return {missing[int(index)][0]: CompileError(reason) for index, reason in json.loads(child.stdout).items()}
+    for case, path in missing:
+        if not path.exists():
+            reason = f"the compiler ended with exit status {child.returncode}"
+            if len(missing) > 1:  # which of them it was is not known, so nothing can be remembered
+                raise CompileError(f"{reason}: {child.stderr.strip()[-500:]}")
+            _store(path, CompileError(f"{case.version}, {case.label()}: {reason}"))
 
 
 def own_tiles(case: Case) -> tuple[int, int, int, int] | None:
@@ -368,6 +367,8 @@ def _compile(case: Case) -> list[Compiled]:
         warnings.simplefilter("ignore")  # that block pointers are deprecated, for one
         try:
             version.call(*_tensors(case), **options)
+        except (OSError, MemoryError):
+            raise
         except Exception as error:  # the compiler's errors have no common class
             said = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = f"{type(error).__name__}: {said[-1] if said else ''}"
@@ -514,18 +515,21 @@ def _is_of(case: Case, path: pathlib.Path) -> bool:
     return path.stem.endswith(f"_{case.version}")
 
 
-def _store(path: pathlib.Path, kernels: list[Compiled]):
+def _store(path: pathlib.Path, result: list[Compiled] | CompileError) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    error = isinstance(result, CompileError)
+    plain = {"error": str(result)} if error else {"kernels": [asdict(compiled) for compiled in result]}
     temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_bytes(gzip.compress(json.dumps([asdict(compiled) for compiled in kernels]).encode(), 5))
+    temporary.write_bytes(gzip.compress(json.dumps(plain).encode(), 5))
     temporary.replace(path)
     files = sorted(path.parent.glob("*.gz"), key=lambda file: file.stat().st_mtime)
     for old in files[: max(0, len(files) - CACHED_FILES)]:
         old.unlink(missing_ok=True)
 
 
-def _load(path: pathlib.Path) -> list[Compiled]:
-    return [Compiled(**fields) for fields in json.loads(gzip.decompress(path.read_bytes()))]
+def _load(path: pathlib.Path) -> list[Compiled] | CompileError:
+    plain = json.loads(gzip.decompress(path.read_bytes()))
+    return CompileError(plain["error"]) if "error" in plain else [Compiled(**fields) for fields in plain["kernels"]]
 
 
 # ---- tables
@@ -610,8 +614,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.work:
         work = [(Case(*case), pathlib.Path(path)) for case, path in json.load(sys.stdin)]
-        errors = _compile_here(work, alone=len(work) == 1)
-        print(json.dumps({index: str(errors[case]) for index, (case, _) in enumerate(work) if case in errors}))
+        _compile_here(work, alone=len(work) == 1)
         return 0
     shape = {"head_dim": args.head_dim} if args.head_dim else {}
     try:

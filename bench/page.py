@@ -10,7 +10,7 @@ import json
 import pathlib
 
 from bench import machine_code
-from bench.version_diff import Gatherer, Request, kernels_of
+from bench.version_diff import Gatherer, Request
 
 TEMPLATE = pathlib.Path(__file__).parent / "templates" / "page.html"
 PLACE = "/*DATA*/"
@@ -61,7 +61,7 @@ def version_data(gatherer: Gatherer, name: str, request: Request) -> dict:
 
     about = gatherer.about(name)
     case = gatherer.case(name, request)
-    kernels = kernels_of(case)
+    kernels = gatherer.kernels(case)
     failed = isinstance(kernels, str)
     return about | {
         "colour": colour(name), "case": case.label(), "note": kernels if failed else None,

@@ -128,12 +128,6 @@ def stage_diff(stage: str, old: list[machine_code.Compiled], new: list[machine_c
 # ---- machine code
 
 
-def kernels_of(case: machine_code.Case) -> list[machine_code.Compiled] | str:
-    """A version's own kernels, first the one with the main loop; or one line why there are none."""
-    [result] = machine_code.compile_cases([case])
-    return str(result) if isinstance(result, machine_code.CompileError) else [c for c in result if c.own]
-
-
 def change(old: float | None, new: float | None) -> str:
     """ "-67%", "=", "new", "gone"; empty where one is no number."""
     if old is None or new is None:
@@ -245,6 +239,7 @@ class Gatherer:
         from common.lineage import versions_of
 
         self.family, self.versions = family, {version.name: version for version in versions_of(family)}
+        self._kernels: dict[machine_code.Case, list | str] = {}
         self.device = _device(device)
         records = results.load(RESULTS / self.device, family) if self.device else []
         self.book = book.book_of(records, family) if records else None
@@ -275,6 +270,14 @@ class Gatherer:
         if request.stage not in (None, *machine_code.STAGES):
             raise ValueError(f"stage {request.stage!r} does not exist; there are {', '.join(machine_code.STAGES)}")
         return request._replace(old=old.name, new=new.name, arch=arch)
+
+    def kernels(self, case: machine_code.Case) -> list[machine_code.Compiled] | str:
+        """The case's own kernels, first the one with the main loop; or one line why there are none."""
+        if case not in self._kernels:
+            [result] = machine_code.compile_cases([case])
+            failed = isinstance(result, machine_code.CompileError)
+            self._kernels[case] = str(result) if failed else [compiled for compiled in result if compiled.own]
+        return self._kernels[case]
 
     def prepare(self, requests: list[Request]) -> None:
         """Compile whatever these pairs need at once, which is quicker where each time takes another process."""
@@ -315,10 +318,10 @@ class Gatherer:
         The columns are old, new with the tiles of old (the idea alone), and new, as the measured gains are.
         """
         old, new = (self.case(name, request) for name in (request.old, request.new))
-        columns = {request.old: kernels_of(old), request.new: kernels_of(new)}
+        columns = {request.old: self.kernels(old), request.new: self.kernels(new)}
         if alone := self.alone(old, new):
             last = columns.pop(request.new)
-            columns |= {f"{request.new}, tiles of {request.old}": kernels_of(alone), request.new: last}
+            columns |= {f"{request.new}, tiles of {request.old}": self.kernels(alone), request.new: last}
         found = {name: kernels for name, kernels in columns.items() if not isinstance(kernels, str)}
         staged = [name for name in found if not (request.own_tiles and "tiles of" in name)][:2] if request.stage else []
         return {
