@@ -39,8 +39,10 @@ def pytest_configure(config):
         # numpy's remarks on log(0) and 0 / 0, which kernels select away afterwards, and on triton's own use of it
         for warning in ("RuntimeWarning", "DeprecationWarning"):
             config.addinivalue_line("filterwarnings", f"ignore::{warning}:triton.runtime.interpreter")
+    phases = set(hypothesis.Phase) - ({hypothesis.Phase.shrink} if _interpreting() else set())  # minutes, there
     hypothesis.settings.register_profile(
         "lineage",
+        phases=phases,
         max_examples=6 if _interpreting() else 10,
         deadline=None,
         derandomize=True,  # the same examples everywhere: a red test is red for the next person too
