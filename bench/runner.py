@@ -391,6 +391,8 @@ class Run:
             return self.workers[entrant.process].ask(do, timeout, entrant=dataclasses.asdict(entrant), **request)
         except NotHere as reason:
             attempt.absent = str(reason)
+            if entrant.role == "version" and entrant.variant == OWN:
+                self._say(f"{entrant.name} {reason}")
         except Failed as reason:
             attempt.judge(str(reason), timings)
         except WorkerLost as reason:

@@ -110,7 +110,8 @@ def descriptor(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
 
     Loads past S or D give 0 and stores past them write nothing. Alignment as why_no_tma says.
     """
-    return TensorDescriptor(x, x.shape, x.stride(), [1, 1, rows, width], _layout(rows, width, x.dtype))
+    strides = [stride if size > 1 else 16 for stride, size in zip(x.stride()[:-1], x.shape, strict=False)]
+    return TensorDescriptor(x, x.shape, [*strides, 1], [1, 1, rows, width], _layout(rows, width, x.dtype))
 
 
 def why_no_tma(*tensors: torch.Tensor) -> str | None:
@@ -118,7 +119,8 @@ def why_no_tma(*tensors: torch.Tensor) -> str | None:
     for x in tensors:
         if x.numel() == 0:
             return f"has no TMA descriptor for an empty tensor, {list(x.shape)}"
-        if x.data_ptr() % 16 or any(stride * x.itemsize % 16 for stride in x.stride()[:-1]) or x.stride(-1) != 1:
+        steps = [stride * x.itemsize for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
+        if x.data_ptr() % 16 or x.stride(-1) != 1 or any(step % 16 or step == 0 for step in steps):
             return f"needs tensors that start and step in multiples of 16 bytes for TMA, here strides {list(x.stride())}"
     return None
 
@@ -136,14 +138,12 @@ def declines_on_hopper(
     )
 
 
-def refuse_on_hopper(problem: AttentionProblem, max_head_dim: int = 256):
-    """ValueError where the Gluon versions do not serve a problem, or this GPU is no Hopper."""
+def refuse_on_hopper(problem: AttentionProblem, beyond: str | None = None):
+    """ValueError where the Gluon versions do not serve a problem (`beyond`: a version's own reason), or off Hopper."""
     p, gpu = problem, detect_gpu(problem.q.device)
     bounded = p.window_left is not None or p.window_right is not None
-    reason = _declines(p.dtype, bounded, p.seqlen_q, p.seqlen_k, p.seqlens_q, p.seqlens_k)
+    reason = beyond or _declines(p.dtype, bounded, p.seqlen_q, p.seqlen_k, p.seqlens_q, p.seqlens_k)
     reason = reason or why_no_tma(p.q, p.k, p.v, p.out)
-    if p.head_dim > max_head_dim:
-        reason = f"takes head_dim up to {max_head_dim}, not {p.head_dim}"
     if gpu.capability != (9, 0):
         reason = f"needs compute capability 9.0, this is {gpu.name}"
     if reason:

@@ -11,7 +11,7 @@ from common.problem import AttentionProblem
 from common.schedule import heads_in_l2
 
 TILE_COST = 1.0  # of beginning and ending a tile, in blocks of keys
-MAX_ROW_BLOCKS = MAX_HEADS = 2**15  # a table entry holds both in one int32
+MAX_HEADS = 2**15 - 1  # an int32 of the table holds row block and head
 
 
 def tile_table(problem: AttentionProblem, block_m: int, block_n: int) -> tuple[torch.Tensor, int]:

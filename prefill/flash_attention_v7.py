@@ -36,7 +36,7 @@ from common.hopper import (
 from common.launch import Tiles, block_d, launch
 from common.lineage import Requires, Version
 from common.problem import AttentionProblem
-from common.tile_table import tile_table
+from common.tile_table import MAX_HEADS, tile_table
 
 MW = gl.constexpr(64)  # rows of a warpgroup
 
@@ -241,10 +241,15 @@ def tiles_for(problem: AttentionProblem) -> Tiles:
 
 
 def declines(q, k, v, **kwargs):
-    """What v6 declines, and wide heads."""
-    if q.shape[-1] > 128:
-        return f"takes head_dim up to 128, not {q.shape[-1]}"
-    return declines_on_hopper(q, k, v, **kwargs)
+    """What v6 declines, wide heads, and more tiles than the table can name."""
+    batch, heads = (1, q.shape[1]) if q.ndim == 3 else q.shape[:2]
+    return _beyond(batch * heads, q.shape[-1]) or declines_on_hopper(q, k, v, **kwargs)
+
+
+def _beyond(heads, head_dim):
+    if head_dim > 128:
+        return f"takes head_dim up to 128, not {head_dim}"
+    return None if heads <= MAX_HEADS else f"takes up to {MAX_HEADS} heads over all sequences, not {heads}"
 
 
 def call_flash_attention_v7(
@@ -256,7 +261,7 @@ def call_flash_attention_v7(
         q, k, v, is_causal=is_causal, scale=scale, window=window, seqlens_q=seqlens_q, seqlens_k=seqlens_k,
         return_lse=return_lse, out=out,
     )  # fmt: skip
-    refuse_on_hopper(problem, max_head_dim=128)
+    refuse_on_hopper(problem, _beyond(problem.batch * problem.heads_q, problem.head_dim))
     turn_negative_scale(problem)
     p, (BLOCK_M, BLOCK_N, num_warps, stages) = problem, tiles or tiles_for(problem)
     width, groups = max(64, block_d(p)), BLOCK_M // 64
