@@ -407,7 +407,10 @@ def _compile_like_launch(kernel, target, args: tuple, kwargs: dict):
     bound, specialization, options = binder(*args, **kwargs)
     options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constexprs, attrs)
-    compiled = triton.compile(source, target=target, options=options.__dict__)
+    with triton.knobs.compilation.scope():
+        # triton's cache knows the same kernel from another file or line, whose source lines would be the wrong ones
+        triton.knobs.compilation.always_compile = True
+        compiled = triton.compile(source, target=target, options=options.__dict__)
     constants = {param.name: bound[param.name] for param in kernel.params if param.is_constexpr}
     return {name: value for name, value in constants.items() if isinstance(value, int | float | str)}, compiled
 
@@ -456,7 +459,7 @@ def _amd_resources(text: str) -> dict:
 
 
 def _relative(listing: str) -> str:
-    """Without the folders that a machine has things in (not even this one: triton's cache does not tell them apart)."""
+    """Without the folders that this machine has things in."""
     return re.sub(r'"/[^"]*/((?:prefill|decoding|common|triton)(?:/[^"]*)?)"', r'"\1"', listing)
 
 

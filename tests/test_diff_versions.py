@@ -218,6 +218,7 @@ def test_cold_is_quick_enough(tmp_path, monkeypatch):
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
     def spent():
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)

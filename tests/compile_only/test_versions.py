@@ -5,7 +5,7 @@ import re
 import pytest
 
 from bench.disassembly import main_loops
-from bench.machine_code import CompileError, compile_version, facts
+from bench.machine_code import ROOT, CompileError, compile_version, facts, source_lines
 from common.hardware import KNOWN
 from common.lineage import FAMILIES, find_version, versions_of
 
@@ -131,3 +131,17 @@ def test_main_loops_are_innermost():
     kernel = compile_version(find_version("prefill", "v2"), "sm_100")[0]  # has waits that loop inside the loop
     assert len(kernel.loops) > len(kernel.main_loops) > 0
     assert kernel.main_loops == main_loops(kernel.loops)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_source_lines(arch):
+    """Every exponential in the loop comes from a line with an exp; what tl.max computes, from the line that calls it."""
+    version = find_version("prefill", "v2")
+    kernel = compile_version(version, arch)[0]
+    lines = source_lines(kernel, version.path.relative_to(ROOT).as_posix())
+    assert len(lines) == len(kernel.code.instructions) and sum(map(bool, lines)) > 0.98 * len(lines)
+    text = version.path.read_text().splitlines()
+    inside = {index for loop in kernel.main_loops for index in loop.body}
+    kinds = [(kernel.code.instructions[index].kind, {text[line - 1] for line in lines[index]}) for index in inside]
+    assert all("exp(" in "".join(found) for kind, found in kinds if kind == "exponentials")
+    assert any("tl.max(" in line for kind, found in kinds if kind == "max and min" for line in found)
