@@ -10,6 +10,7 @@ from common.hardware import detect_gpu, interpreting, pretending
 HALF = (torch.float16, torch.bfloat16)
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 FP8_CAPABILITY = (8, 9)
+FLOAT32 = torch.finfo(torch.float32)
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 65535  # of the grid's second axis
 MAX_ROW_STRIDE = 2**22  # 512 rows of a block stay inside int32; other offsets are int64
@@ -236,11 +237,12 @@ def addressable(x: torch.Tensor) -> torch.Tensor:
 
 
 def _checked_scale(scale, head_dim) -> float:
+    """A float32 number, as kernels take it. One too small for it is 0: exp(scale * score) is 1 either way."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ValueError(f"scale: must be a finite number, it is {scale!r}")
-    return float(scale)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= FLOAT32.max:
+        raise ValueError(f"scale: must be a finite float32 number, it is {scale!r}")
+    return float(scale) if abs(scale) >= FLOAT32.tiny else 0.0
 
 
 def _check_device(device: torch.device):

@@ -128,9 +128,9 @@ def test_large_logits(version, dtype, logits, device):
 
 
 @every_version
-@pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
+@pytest.mark.parametrize("scale", [0.0, -0.7, 3.0, 1e-310])
 def test_scale(version, scale, device):
-    """A scale that is 0 or negative."""
+    """A scale that is 0, negative, or 0 in float32."""
     case = Case(2, 2, 2, seqlen_k=70, head_dim=32, scale=scale, lengths_k=(70, 0))
     check(version, case, "fp32", device, tiles=small_tiles(version), num_splits=2)
 

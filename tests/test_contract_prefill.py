@@ -155,9 +155,9 @@ def test_nan_in_keys_not_seen(version, device):
 
 
 @all_versions_and_dtypes("prefill", "fp32", "e4m3")
-@pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
+@pytest.mark.parametrize("scale", [0.0, -0.7, 3.0, 1e-310])
 def test_scale(version, dtype, scale, device):
-    """A scale that is 0 or negative: -inf * 0 = NaN, -inf * -1 = +inf, and the maximum that is a minimum."""
+    """A scale that is 0, negative, or 0 in float32: -inf * 0 = NaN, -inf * -1 = +inf, the maximum that is a minimum."""
     case = Case(2, 1, 1, 60, 60, 32, causal=True, window=(40, 0), lengths_k=(60, 37), scale=scale)
     check(version, case, dtype, device, tiles=small_tiles(version))
 

@@ -79,10 +79,11 @@ BOTH = {
     ),
     "meta": (lambda a: {n: x.to("meta") for n, x in a.items()}, ValueError, "q: is on meta; kernels need a GPU tensor"),
     "k-elsewhere": (change("k", lambda k: k.to("meta")), ValueError, r"k: is on meta and q is on \w+.* one device"),
-    "scale-nan": (add(scale=math.nan), ValueError, "scale: must be a finite number, it is nan"),
-    "scale-inf": (add(scale=math.inf), ValueError, "scale: must be a finite number, it is inf"),
-    "scale-text": (add(scale="0.1"), ValueError, "scale: must be a finite number, it is '0.1'"),
-    "scale-bool": (add(scale=True), ValueError, "scale: must be a finite number, it is True"),
+    "scale-nan": (add(scale=math.nan), ValueError, "scale: must be a finite float32 number, it is nan"),
+    "scale-inf": (add(scale=-math.inf), ValueError, "scale: must be a finite float32 number, it is -inf"),
+    "scale-large": (add(scale=1e39), ValueError, r"scale: must be a finite float32 number, it is 1e\+39"),
+    "scale-text": (add(scale="0.1"), ValueError, "scale: must be a finite float32 number, it is '0.1'"),
+    "scale-bool": (add(scale=True), ValueError, "scale: must be a finite float32 number, it is True"),
     "seqlens-list": (add(seqlens_k=[5, 7]), TypeError, r"seqlens_k: must be an int32 tensor \[2\], it is list"),
     "seqlens-int64": (
         add(seqlens_k=ints(5, 7, dtype=torch.int64)), TypeError, "seqlens_k: must be int32, it is torch.int64"
