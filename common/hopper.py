@@ -81,8 +81,8 @@ def key_blocks(start_m, sizes, ROWS: gl.constexpr, BLOCK_N: gl.constexpr):
         whole = gl.minimum(whole, (start_m + seqlen_k - seqlen_q + window_right + 1) // BLOCK_N)
     if window_left is not None:
         lo = gl.maximum(start_m + seqlen_k - seqlen_q - window_left, 0) // BLOCK_N
-        whole = lo
-    return lo, gl.maximum(hi, lo + 1), gl.maximum(whole, lo)
+        whole = lo * 0  # a left bound cuts every block
+    return lo, gl.maximum(hi, lo + 1), whole
 
 
 @gluon.jit

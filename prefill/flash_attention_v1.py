@@ -87,7 +87,7 @@ def call_flash_attention_v1(
     q, k, v, *, is_causal=False, scale=None, window=None, seqlens_q=None, seqlens_k=None, return_lse=False, out=None,
     tiles=None,
 ):  # fmt: skip
-    """Attention of q [B, Hq, Sq, D] over k, v [B, Hkv, Sk, D] (or [S, H, D] each); prefill.flash_attention says the rest."""
+    """Attention of q [B, Hq, Sq, D] over k, v [B, Hkv, Sk, D] (or [S, H, D] each), as prefill.flash_attention says."""
     problem = AttentionProblem.prefill(
         q, k, v, is_causal=is_causal, scale=scale, window=window, seqlens_q=seqlens_q, seqlens_k=seqlens_k,
         return_lse=return_lse, out=out,

@@ -106,10 +106,11 @@ def step(
 
 @gluon.jit
 def consumer(
-    g: gl.constexpr, o_desc, LSE, q_ring, k_ring, v_ring, tile, heads_q, sizes, scale_log2, MASK: gl.constexpr,
-    GUARD: gl.constexpr, HEAD_DIM: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    g: gl.constexpr, args, sizes, MASK: gl.constexpr, GUARD: gl.constexpr, HEAD_DIM: gl.constexpr, BM: gl.constexpr,
+    BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Rows g * 64 .. of the tile: softmax(Q K^T) V for one warpgroup, from the last block of keys to the first."""
+    o_desc, LSE, q_ring, k_ring, v_ring, tile, heads_q, scale_log2 = args
     MW: gl.constexpr = BM // 2
     dtype: gl.constexpr = o_desc.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -181,11 +182,10 @@ def flash_attention_kernel(
     v_ring = allocate_ring(v_desc, STAGES, 2)
     tile = tile_of(n_m, n_g, heads_q, heads_kv, BLOCK_M)
     sizes = (seqlen_q, seqlen_k, window_left, window_right)
+    args = (o_desc, LSE, q_ring, k_ring, v_ring, tile, heads_q, scale_log2)
     gl.warp_specialize([
-        (consumer, (0, o_desc, LSE, q_ring, k_ring, v_ring, tile, heads_q, sizes, scale_log2, MASK, GUARD, HEAD_DIM,
-                    BLOCK_M, BLOCK_N, STAGES)),
-        (consumer, (1, o_desc, LSE, q_ring, k_ring, v_ring, tile, heads_q, sizes, scale_log2, MASK, GUARD, HEAD_DIM,
-                    BLOCK_M, BLOCK_N, STAGES)),
+        (consumer, (0, args, sizes, MASK, GUARD, HEAD_DIM, BLOCK_M, BLOCK_N, STAGES)),
+        (consumer, (1, args, sizes, MASK, GUARD, HEAD_DIM, BLOCK_M, BLOCK_N, STAGES)),
         (producer, ((q_desc, k_desc, v_desc), q_ring, k_ring, v_ring, tile, sizes, BLOCK_M, BLOCK_N, STAGES)),
     ], [4, 1], [240, 24])  # fmt: skip  # 12 warps of 168 registers: two groups take 240 and leave the producer 24
 
@@ -199,7 +199,7 @@ def call_flash_attention_v6(
     q, k, v, *, is_causal=False, scale=None, window=None, seqlens_q=None, seqlens_k=None, return_lse=False, out=None,
     tiles=None,
 ):  # fmt: skip
-    """Attention of q [B, Hq, Sq, D] over k, v [B, Hkv, Sk, D] (or [S, H, D] each); prefill.flash_attention says the rest."""
+    """Attention of q [B, Hq, Sq, D] over k, v [B, Hkv, Sk, D] (or [S, H, D] each), as prefill.flash_attention says."""
     problem = AttentionProblem.prefill(
         q, k, v, is_causal=is_causal, scale=scale, window=window, seqlens_q=seqlens_q, seqlens_k=seqlens_k,
         return_lse=return_lse, out=out,

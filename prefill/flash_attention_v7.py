@@ -120,10 +120,11 @@ def step(
 
 @gluon.jit
 def consumer(
-    g: gl.constexpr, o_desc, LSE, o_bufs, rings, table, heads_q, group, sizes, scale_log2, GUARD: gl.constexpr,
-    GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    g: gl.constexpr, args, sizes, GUARD: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Rows g * 64 .. of every tile: softmax(Q K^T) V for one warpgroup, from the last block of keys to the first."""
+    o_desc, LSE, o_bufs, rings, table, heads_q, group, scale_log2 = args
     Q_SLOTS: gl.constexpr = 2 * GROUPS
     dtype: gl.constexpr = o_desc.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -212,23 +213,19 @@ def flash_attention_kernel(
     rings = (q_ring, allocate_ring(k_desc, STAGES, GROUPS), allocate_ring(v_desc, STAGES, GROUPS))
     o_bufs = gl.allocate_shared_memory(o_desc.dtype, [GROUPS] + o_desc.block_type.shape, o_desc.layout)
     sizes = (seqlen_q, seqlen_k, window_left, window_right)
+    args = (o_desc, LSE, o_bufs, rings, table, heads_q, group, scale_log2)
     descs = (q_desc, k_desc, v_desc)
     if GROUPS == 2:
         gl.warp_specialize([
-            (consumer, (0, o_desc, LSE, o_bufs, rings, table, heads_q, group, sizes, scale_log2, GUARD, 2, HEAD_DIM,
-                        BLOCK_N, STAGES)),
-            (consumer, (1, o_desc, LSE, o_bufs, rings, table, heads_q, group, sizes, scale_log2, GUARD, 2, HEAD_DIM,
-                        BLOCK_N, STAGES)),
+            (consumer, (0, args, sizes, GUARD, 2, HEAD_DIM, BLOCK_N, STAGES)),
+            (consumer, (1, args, sizes, GUARD, 2, HEAD_DIM, BLOCK_N, STAGES)),
             (producer, (descs, rings, table, heads_q, group, 2, BLOCK_N, STAGES)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consumer, (0, o_desc, LSE, o_bufs, rings, table, heads_q, group, sizes, scale_log2, GUARD, 3, HEAD_DIM,
-                        BLOCK_N, STAGES)),
-            (consumer, (1, o_desc, LSE, o_bufs, rings, table, heads_q, group, sizes, scale_log2, GUARD, 3, HEAD_DIM,
-                        BLOCK_N, STAGES)),
-            (consumer, (2, o_desc, LSE, o_bufs, rings, table, heads_q, group, sizes, scale_log2, GUARD, 3, HEAD_DIM,
-                        BLOCK_N, STAGES)),
+            (consumer, (0, args, sizes, GUARD, 3, HEAD_DIM, BLOCK_N, STAGES)),
+            (consumer, (1, args, sizes, GUARD, 3, HEAD_DIM, BLOCK_N, STAGES)),
+            (consumer, (2, args, sizes, GUARD, 3, HEAD_DIM, BLOCK_N, STAGES)),
             (producer, (descs, rings, table, heads_q, group, 3, BLOCK_N, STAGES)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
@@ -256,7 +253,7 @@ def call_flash_attention_v7(
     q, k, v, *, is_causal=False, scale=None, window=None, seqlens_q=None, seqlens_k=None, return_lse=False, out=None,
     tiles=None,
 ):  # fmt: skip
-    """Attention of q [B, Hq, Sq, D] over k, v [B, Hkv, Sk, D] (or [S, H, D] each); prefill.flash_attention says the rest."""
+    """Attention of q [B, Hq, Sq, D] over k, v [B, Hkv, Sk, D] (or [S, H, D] each), as prefill.flash_attention says."""
     problem = AttentionProblem.prefill(
         q, k, v, is_causal=is_causal, scale=scale, window=window, seqlens_q=seqlens_q, seqlens_k=seqlens_k,
         return_lse=return_lse, out=out,
