@@ -1,8 +1,9 @@
 """Block pointers on every Triton: native up to 3.8, which 3.9 removed; from there a tuple of our own.
 
-A block pointer is a 2-D tensor in memory (base, shape, strides) and the offsets of one block in it. Loads past the shape
-give 0. Our own is (base, shape, strides, offsets): block shapes are given at the load, because a constexpr inside a tuple
-argument does not survive 3.9's front end, and a plain tuple is what its compiler keeps inside the loop.
+A block pointer is a 2-D tensor in memory (base, shape, strides) and the offsets of one block in it. Loads past the
+shape give 0. Our own is (base, shape, strides, offsets): block shapes are given at the load, because a constexpr
+inside a tuple argument does not survive 3.9's front end, and a plain tuple is what its compiler keeps inside the
+loop.
 """
 
 import triton

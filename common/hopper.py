@@ -25,7 +25,7 @@ GLUON_DTYPE = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 @gluon.jit
 def allocate_ring(desc, SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
-    """Shared memory and barriers for SLOTS blocks of `desc`; ARRIVALS consumers must have read a block to empty its slot."""
+    """Shared memory and barriers for SLOTS blocks of `desc`; ARRIVALS consumers must have read one to empty a slot."""
     bufs = gl.allocate_shared_memory(desc.dtype, [SLOTS] + desc.block_type.shape, desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -65,12 +65,12 @@ def skip(ring, first, last, SLOTS: gl.constexpr):
         release(ring, i, SLOTS)
 
 
-# sizes below is (seqlen_q, seqlen_k, window_left, window_right), the bounds None where there are none: common/masking.py
+# sizes below is (seqlen_q, seqlen_k, window_left, window_right), with None for no bound: common/masking.py
 
 
 @gluon.jit
 def key_blocks(start_m, sizes, ROWS: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Blocks of keys that ROWS rows from start_m see: the first, one past the last, one past those that need no mask."""
+    """Blocks of keys that ROWS rows from start_m see: first, one past the last, one past those that need no mask."""
     seqlen_q, seqlen_k, window_left, window_right = sizes
     lo = start_m * 0
     hi = lo + gl.cdiv(seqlen_k, BLOCK_N)
@@ -121,7 +121,7 @@ def why_no_tma(*tensors: torch.Tensor) -> str | None:
             return f"has no TMA descriptor for an empty tensor, {list(x.shape)}"
         steps = [stride * x.itemsize for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
         if x.data_ptr() % 16 or x.stride(-1) != 1 or any(step % 16 or step == 0 for step in steps):
-            return f"needs tensors that start and step in multiples of 16 bytes for TMA, here strides {list(x.stride())}"
+            return f"needs tensors that start and step in multiples of 16 bytes (TMA), not strides {list(x.stride())}"
     return None
 
 

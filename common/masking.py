@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def sequence_lengths(seqlens_q, seqlens_k, off_b, seqlen_q, seqlen_k):
-    """Rows and keys of sequence off_b: its true lengths where given, clamped so that no length can reach foreign memory."""
+    """Rows and keys of sequence off_b: its true lengths where given, clamped so that none reaches foreign memory."""
     len_q = seqlen_q
     len_k = seqlen_k
     if seqlens_q is not None:
@@ -37,7 +37,7 @@ def visible_range(
 
 @triton.jit
 def unmasked_range(start_m, len_q, len_k, window_left, window_right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys lo..hi (hi excluded): blocks of BLOCK_N keys that start there are seen whole by all rows of the row block."""
+    """Keys lo..hi (hi excluded): blocks of BLOCK_N keys that start there are seen whole by all rows."""
     lo = start_m * 0
     hi = start_m * 0 + len_k
     if window_right is not None:

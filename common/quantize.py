@@ -86,7 +86,7 @@ def quantize_fp8(q, k, v, fp8_dtype="e4m3") -> Quantized:
 
 
 def quantize_problem(problem: AttentionProblem, fp8_dtype: str):
-    """Make the problem's tensors what an FP8 kernel reads: 16-bit ones are quantised, a float8 v is laid out if it must be."""
+    """Make the problem's tensors what an FP8 kernel reads: 16-bit ones quantised, a float8 v laid out if it must be."""
     p = problem
     if not p.fp8:
         (q, descale_q), (k, descale_k) = (_quantize(x, FP8[fp8_dtype], False) for x in (p.q, p.k))

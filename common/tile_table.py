@@ -1,4 +1,5 @@
-"""Which program of a persistent kernel works on which tiles: a table made on the host, once for each shape."""
+"""Which program of a persistent kernel works on which tiles: a table made on the host, once for each shape.
+"""
 
 import functools
 import heapq
@@ -17,8 +18,8 @@ MAX_HEADS = 2**15 - 1  # an int32 of the table holds row block and head
 def tile_table(problem: AttentionProblem, block_m: int, block_n: int) -> tuple[torch.Tensor, int]:
     """Tiles of every program, longest first to whoever is free first, and the number of programs, one an SM.
 
-    The table is int32 [1 + most tiles of a program + 1, programs, 2]: row 0 says how many tiles a program has; row t + 1
-    holds its tile t as (row block | batch * heads_q + head << 16, first block of keys | one past the last << 16); the
+    The table is int32 [1 + most tiles of a program + 1, programs, 2]: row 0 says how many tiles a program has; row t +
+    1 holds its tile t as (row block | batch * heads_q + head << 16, first block of keys | one past the last << 16); the
     rows after its last tile repeat that one. Heads that fit the L2 together are done side by side.
     """
     p = problem

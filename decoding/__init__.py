@@ -9,7 +9,7 @@ def flash_decoding(
 ):  # fmt: skip
     """softmax(scale * q k^T) v for one query a sequence, by the newest version that can run here.
 
-    q [B, Hq, 1, D], k and v [B, Hkv, Sk, D], any strides; float16, bfloat16 or float32; D from 1 to 256; Hq a multiple of
+    q [B, Hq, 1, D], k and v [B, Hkv, Sk, D], any strides; fp16, bf16 or fp32; D from 1 to 256; Hq a multiple of
       Hkv. seqlens_k: int32 [B], the keys that count of each sequence; later ones are never read.
     num_splits: how many parts the keys are cut into; None leaves it to the version. The result does not depend on it
       beyond rounding. return_lse: also the log-sum-exp, natural logarithm, float32 [B, Hq, 1]; no keys give 0 and -inf.

@@ -1,10 +1,10 @@
 """Flash decoding v1: split-K.
 
-Idea: cut the KV cache along the sequence, so that one query a head still fills the GPU; each split gives a partial output
-  and its log-sum-exp, and a second kernel merges them (Flash-Decoding, Dao et al. 2023).
+Idea: cut the KV cache along the sequence, so that one query a head still fills the GPU; each split gives a partial
+  output and its log-sum-exp, and a second kernel merges them (Flash-Decoding, Dao et al. 2023).
 Changed: the beginning. Compare with one program a head, which would use 16 of 132 SMs at 16 heads.
-Expect: decoding reads K and V once and does almost no arithmetic, so 85 % of the read bandwidth at long context; at short
-  context the second launch and the ramp of the first show, and half of it is left.
+Expect: decoding reads K and V once and does almost no arithmetic, so 85 % of the read bandwidth at long context; at
+  short context the second launch and the ramp of the first show, and half of it is left.
 Limits: one query head a program: with GQA the heads that share K and V each read it, the second time from the L2.
 """
 
@@ -119,7 +119,7 @@ def splits_for(problem: AttentionProblem, block_n: int) -> int:
 def call_flash_decoding(
     q, k, v, *, scale=None, seqlens_k=None, num_splits=None, return_lse=False, out=None, tiles=None
 ):  # fmt: skip
-    """Attention of one query a sequence, q [B, Hq, 1, D], over k, v [B, Hkv, Sk, D]; decoding.flash_decoding says the rest."""
+    """Attention of one query a sequence, q [B, Hq, 1, D], k, v [B, Hkv, Sk, D], as decoding.flash_decoding says."""
     problem = AttentionProblem.decoding(
         q, k, v, scale=scale, seqlens_k=seqlens_k, num_splits=num_splits, return_lse=return_lse, out=out
     )

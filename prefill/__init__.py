@@ -10,14 +10,14 @@ def flash_attention(
 ):  # fmt: skip
     """softmax(scale * q k^T + mask) v, by the newest version that serves this call on this GPU.
 
-    q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D], any strides, or [S, H, D] each, one sequence; float16, bfloat16 or float32;
+    q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D], any strides, or [S, H, D] each, one sequence; float16, bfloat16, float32;
       D from 1 to 256; Hq a multiple of Hkv (query head i reads KV head i // (Hq / Hkv)). Returns out like q.
     causal: row i sees keys up to i + len_k - len_q (bottom-right aligned), where len_q and len_k are the true lengths:
       seqlens_q and seqlens_k (int32 [B]) where given, else Sq and Sk. seqlens_k alone therefore moves the diagonal;
       seq_lens sets both at once.
     window: (left, right), inclusive: how many keys before and after its own position a row sees; None is no bound.
     scale: default 1/sqrt(D); may be zero or negative.
-    return_lse: also return the log-sum-exp of every row, natural logarithm, float32 [B, Hq, Sq]. A row that sees no key,
+    return_lse: also return the log-sum-exp of every row, natural logarithm, fp32 [B, Hq, Sq]. A row that sees no key,
       or lies at or past its seqlens_q, gives 0, and -inf.
     out: preallocated output. version: "v2", say, instead of the newest.
     use_fp8=True, fp8_dtype="e4m3" or "e5m2": quantise 16-bit tensors, a scale a head; or float8 tensors with descale_q,

@@ -1,9 +1,11 @@
 """FlashAttention v2: epilogue normalization.
 
-Idea: keep the numerators as they are in the loop and divide once, at the end (FlashAttention-2, Dao 2023, section 3.1).
+Idea: keep the numerators as they are in the loop and divide once, at the end (FlashAttention-2, Dao 2023, section
+  3.1).
 Changed: no division inside the loop; one multiply of the accumulator by alpha remains. Tiles are free.
-Expect: with v1's tiles little, 0 to 10 %: ptxas already made v1's divisions one reciprocal a row, and only the multiplies
-  of p go. With 128-row tiles 3 to 4 times v1: K and V are read a quarter as often, and WGMMA takes 64 rows.
+Expect: with v1's tiles little, 0 to 10 %: ptxas already made v1's divisions one reciprocal a row, and only the
+  multiplies of p go. With 128-row tiles 3 to 4 times v1: K and V are read a quarter as often, and WGMMA takes 64
+  rows.
 Limits: every block pays for the mask, and exp costs a multiply by log2(e) that exp2 would not.
 """
 

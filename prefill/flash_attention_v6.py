@@ -1,10 +1,11 @@
 """FlashAttention v6: Gluon, a producer warp and two consumer warpgroups.
 
 Idea: hand the warps different jobs. One warp keeps TMA loads in flight; two warpgroups of 64 rows each start the next
-  block's QK^T before this block's PV and work out the softmax while the tensor cores run (FlashAttention-3, Shah 2024).
+  block's QK^T before this block's PV and work out the softmax while the tensor cores run (FlashAttention-3, Shah
+  2024).
 Changed: a new start, in Gluon: what the compiler did in v5 is written out. Barriers, layouts and waits are ours.
-Expect: v5 leaves the tensor cores idle while a group does its softmax, so about 520 of a possible 650 TFLOP/s; with both
-  products asynchronous the softmax hides under them: 600 at D=128 full.
+Expect: v5 leaves the tensor cores idle while a group does its softmax, so about 520 of a possible 650 TFLOP/s; with
+  both products asynchronous the softmax hides under them: 600 at D=128 full.
 Limits: Hopper only; 16-bit, full blocks of the TMA unit (16-byte steps), scale > 0, no lengths, no empty rows.
 """
 
@@ -144,8 +145,8 @@ def consumer(
     if MASK and GUARD:
         for j in range(tile_hi - hi + 1, tile_hi - whole):
             p16, acc, m_i, l_i, alpha = step(
-                j, q, p16, acc, m_i, l_i, alpha, zero, offs_m, (tile_hi - 1 - j) * BN, k_ring, v_ring, sizes, scale_log2,
-                True, True, STAGES,
+                j, q, p16, acc, m_i, l_i, alpha, zero, offs_m, (tile_hi - 1 - j) * BN, k_ring, v_ring, sizes,
+                scale_log2, True, True, STAGES,
             )  # fmt: skip
         hi = gl.minimum(hi, whole + 1)
     for j in range(tile_hi - hi + 1, tile_hi - lo):

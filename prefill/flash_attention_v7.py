@@ -1,13 +1,14 @@
 """FlashAttention v7: persistent, tiles that overlap.
 
-Idea: one program an SM that goes from tile to tile without a break: the next tile's first QK^T is issued with this tile's
-  last PV, and this tile's output is stored under the next tile's products.
+Idea: one program an SM that goes from tile to tile without a break: the next tile's first QK^T is issued with this
+  tile's last PV, and this tile's output is stored under the next tile's products.
 Changed: a loop over tiles around v6's; a table says which program does which tiles, longest first to whoever is free
-  first; two buffers for Q, and the output has its own; three warpgroups at head_dim 64; a row sum
-  is put together once a tile.
-Expect: v6 pays about one block of keys for beginning and ending a tile, so 20 % at S = 512 (4 blocks), 10 % at 1k, 2 % at
-  8k; causal more, as its tiles are half as long and the last wave is uneven: 25 % at 512, 8 % at 8k.
-Limits: v6's, and head_dim at most 128: beyond, a second query buffer does not fit. First call of a shape makes the table.
+  first; two buffers for Q, and the output has its own; three warpgroups at head_dim 64; a row sum is put together
+  once a tile.
+Expect: v6 pays about one block of keys for beginning and ending a tile, so 20 % at S = 512 (4 blocks), 10 % at 1k, 2
+  % at 8k; causal more, as its tiles are half as long and the last wave is uneven: 25 % at 512, 8 % at 8k.
+Limits: v6's, and head_dim at most 128: beyond, a second query buffer does not fit. First call of a shape makes the
+  table.
 """
 
 from triton.experimental import gluon
@@ -72,7 +73,7 @@ def producer(descs, rings, table, heads_q, group, GROUPS: gl.constexpr, BN: gl.c
 
 @gluon.jit
 def part_sums(p):
-    """What each of the four threads of a row holds of it, summed: [rows, 4]. The shuffles can wait until the tile ends."""
+    """What each of the four threads of a row holds, summed: [rows, 4]. The shuffles can wait until the tile ends."""
     return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
 
 
@@ -94,7 +95,7 @@ def step(
     i_k, i_v, more, q, p16, acc, m_i, l_i, alpha, zero, offs_m, start_n, k_ring, v_ring, sizes, scale_log2,
     MASK: gl.constexpr, GUARD: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """QK^T of block i_k, PV of block i_v, the softmax of block i_k. Without `more` there is no block i_k: all but PV idles."""
+    """QK^T of block i_k, PV of block i_v, the softmax of block i_k. Without `more` there is no i_k: only PV counts."""
     BN: gl.constexpr = zero.shape[1]
     HEAD_DIM: gl.constexpr = acc.shape[1]
     wait_full(k_ring, i_k, STAGES, more)
@@ -231,7 +232,7 @@ def flash_attention_kernel(
 
 
 def tiles_for(problem: AttentionProblem) -> Tiles:
-    """Three groups at head_dim 64, where a group's registers suffice; two where rows are few, to fill all SMs evenly."""
+    """Three groups at head_dim 64, where their registers suffice; two where rows are few, to fill the SMs evenly."""
     if block_d(problem) > 64:
         return Tiles(128, 128, 4, 2)
     return Tiles(192, 128, 4, 2) if problem.seqlen_q > 1024 else Tiles(128, 128, 4, 3)
