@@ -100,14 +100,15 @@ def test_layouts(version, dtype, layout, device):
     check(version, Case(2, 2, 2, 33, 45, 40, causal=True, layout=layout), dtype, device)
 
 
-OWN_TILES = (64,) if interpreting() else (64, 128, 256)
+MASKED = {"full": {}, "causal": {"causal": True}, "window": {"window": (100, 30)}}
 
 
 @every_dtype
-@pytest.mark.parametrize("head_dim", OWN_TILES)
-def test_own_tiles(version, dtype, head_dim, device):
+@pytest.mark.parametrize("head_dim", (64,) if interpreting() else (64, 128, 256))
+@table("mask", MASKED)
+def test_own_tiles(version, dtype, head_dim, mask, device):
     """A default configuration that is wrong, or that does not fit: two of its blocks and a bit, in each direction."""
-    case = Case(1, 1, 1, 260, 275, head_dim, causal=True, layout="bshd")
+    case = Case(1, 1, 1, 260, 275, head_dim, layout="bshd", **mask)
     check(version, case if interpreting() else vary(case, heads_q=4, seqlen_q=1041, seqlen_k=1064), dtype, device)
 
 

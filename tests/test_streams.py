@@ -11,11 +11,14 @@ every_version = all_versions("prefill", "decoding")
 
 
 def problem(version, device):
-    """q, k, v and seqlens_k of a call that every version of the family takes."""
+    """q, k, v and the options of a call: lengths where the version takes them."""
     case = Case(2, 4, 2, 100 if version.family == "prefill" else 1, 300, 64, lengths_k=(300, 77), layout="bshd")
     q, k, v = case.tensors("fp16", device)
-    skip_unless_served(version, q, k, v, **case.options(device))
-    return q, k, v, case.options(device)
+    options = case.options(device)
+    if version.declines(q, k, v, **options):
+        options = {}
+    skip_unless_served(version, q, k, v, **options)
+    return q, k, v, options
 
 
 @every_version
@@ -38,23 +41,21 @@ def test_current_stream(version, device):
 def test_cuda_graph(version, device):
     """Captured and replayed on other inputs: no allocation outside the graph's pool, no reading back, no tuning."""
     q, k, v, options = problem(version, device)
-    lengths = options.pop("seqlens_k")
     static = [torch.randn_like(x) for x in (q, k, v)]
-    static_lengths = torch.full_like(lengths, 5)
+    static_options = {name: torch.full_like(x, 5) for name, x in options.items()}
     out = torch.full_like(q, math.nan)
-    version.call(*static, seqlens_k=static_lengths, out=out)
+    version.call(*static, **static_options, out=out, return_lse=True)  # compile first
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        _, lse = version.call(*static, seqlens_k=static_lengths, out=out, return_lse=True)
-    for x, y in zip(static, (q, k, v), strict=True):
+        _, lse = version.call(*static, **static_options, out=out, return_lse=True)
+    for x, y in zip((*static, *static_options.values()), (q, k, v, *options.values()), strict=True):
         x.copy_(y)
-    static_lengths.copy_(lengths)
     out.fill_(math.nan)
     for _ in range(2):
         graph.replay()
     torch.cuda.synchronize()
-    assert_close(out, q, k, v, "fp16", lse=lse, seqlens_k=lengths)
+    assert_close(out, q, k, v, "fp16", lse=lse, **options)
 
 
 @every_version
