@@ -135,7 +135,7 @@ def test_main_loops_are_innermost():
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_source_lines(arch):
-    """Every exponential in the loop comes from a line with an exp; what tl.max computes, from the line that calls it."""
+    """Exponentials in the loop come from lines with an exp; what tl.max computes, from the line that calls it."""
     version = find_version("prefill", "v2")
     kernel = compile_version(version, arch)[0]
     lines = source_lines(kernel, version.path.relative_to(ROOT).as_posix())
