@@ -128,7 +128,8 @@ def own_memory_alone(monkeypatch):
     shipped, prepare, extents = interpreter._interpreter, interpreter.GridExecutor._init_args_hst, []
 
     def note_tensors(executor, arguments, options):
-        tensors = [x for x in (*arguments, *options.values()) if isinstance(x, torch.Tensor) and x.numel()]
+        given = [getattr(x, "base", x) for x in (*arguments, *options.values())]  # the base of a descriptor
+        tensors = [x for x in given if isinstance(x, torch.Tensor) and x.numel()]
         reach = [1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) for x in tensors]
         extents[:] = [(x.data_ptr(), x.data_ptr() + n * x.itemsize) for x, n in zip(tensors, reach, strict=True)]
         return prepare(executor, arguments, options)
