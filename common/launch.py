@@ -52,15 +52,29 @@ _PLAIN_TILES = {
 }
 
 
-def plain_tiles(problem: AttentionProblem) -> Tiles:
-    """The tiles that plain Triton kernels take on the current GPU for this head dimension and element size."""
-    return _plain_tiles(detect_gpu(), problem.dtype.itemsize, block_d(problem))
+# Where a version does best with other tiles: version -> architecture -> the like.
+_OWN_TILES = {
+    "v4": {"sm_90": {1: {128: Tiles(64, 128, 4, 3)}}},
+    "v5": {
+        "sm_90": {
+            2: {64: Tiles(64, 128, 4, 2), 128: Tiles(128, 128, 4, 2), 256: Tiles(128, 64, 8, 2)},
+            1: {64: Tiles(64, 128, 4, 3), 128: Tiles(64, 128, 4, 2)},
+        }
+    },
+}
+
+
+def plain_tiles(problem: AttentionProblem, version: str | None = None) -> Tiles:
+    """The tiles that plain Triton kernels, or this version's, take on the current GPU for this head_dim and dtype."""
+    return _plain_tiles(detect_gpu(), version, problem.dtype.itemsize, block_d(problem))
 
 
 @functools.cache
-def _plain_tiles(gpu: GPU, itemsize: int, width: int) -> Tiles:
+def _plain_tiles(gpu: GPU, version: str | None, itemsize: int, width: int) -> Tiles:
     tables = _PLAIN_TILES.get(gpu.arch) or _PLAIN_TILES["large" if gpu.shared_memory >= 160 * 1024 else "small"]
-    return tables[itemsize][max(width, 64)]
+    own = _OWN_TILES.get(version, {}).get(gpu.arch, {}).get(itemsize, {})
+    width = max(width, 64)
+    return own.get(width) or tables[itemsize][width]
 
 
 def cdiv(a: int, b: int) -> int:
