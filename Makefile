@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help bench bench-prefill bench-decoding test test-tritons lint readme gpu-info clean
+.PHONY: help bench bench-prefill bench-decoding test test-tritons lint readme page record gpu-info clean
 
 PRESET ?= quick
 ARGS ?=
@@ -73,6 +73,18 @@ lint: $(call built,$(LINT_PY))  ## ruff
 readme: $(call built,$(PY))  ## charts, and the tables of README.md and docs/, from the records
 	$(PY) -m bench.charts results/nvidia-h200
 	$(PY) -m bench.tables --write README.md docs/*.md
+
+page: $(call built,$(PY))  ## the lineage as one HTML page, build/lineage/index.html
+	$(PY) diff_versions.py --html build/lineage
+
+# What results/ holds: both scripts with both presets, and the tests on the same GPU. About 20 minutes.
+record: $(call built,$(PY)) $(call built,$(TEST_PY))  ## on a GPU: all records of both scripts, and the tests' summary
+	@$(PY) -c 'import torch; assert torch.cuda.is_available(), "make record needs a GPU"'
+	for preset in paper seed; do \
+	  $(PY) run_decoding_bench.py --preset $$preset $(ARGS) && $(PY) run_prefill_bench.py --preset $$preset $(ARGS) || exit 1; \
+	done
+	folder=results/$$($(PY) -c 'from common.hardware import detect_gpu; print(detect_gpu().slug)'); set -o pipefail; \
+	$(TEST_PY) -m pytest -q --tb=short 2>&1 | tee $$folder/tests.txt
 
 gpu-info: $(call built,$(PY))  ## the GPU found here, and which versions run on it
 	@$(PY) -m bench.tables --gpu-info
