@@ -96,18 +96,12 @@ class AttentionProblem:
     # ---- checks, in the order of the arguments
 
     def _take_tensors(self, q, k, v, use_fp8, fp8_dtype, ranks=(3, 4)):
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if not isinstance(x, torch.Tensor):
-                raise TypeError(f"{name}: must be a torch.Tensor, it is {type(x).__name__}")
-            if x.ndim not in ranks:
-                forms = "[B, H, S, D]" + (" or [S, H, D]" if 3 in ranks else "")
-                raise ValueError(f"{name}: must be {forms}, it has shape {list(x.shape)}")
-            if x.ndim != q.ndim:
-                raise ValueError(f"{name}: has {x.ndim} dimensions and q has {q.ndim}; all three must have the same")
-            if x.dtype != q.dtype:
-                raise TypeError(f"{name}: is {x.dtype} and q is {q.dtype}; q, k and v must have one dtype")
-            if x.device != q.device:
-                raise ValueError(f"{name}: is on {x.device} and q is on {q.device}; q, k and v must be on one device")
+        tensors = isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
+        if not tensors or not (
+            q.ndim == k.ndim == v.ndim and q.ndim in ranks and q.dtype == k.dtype == v.dtype
+            and q.device == k.device == v.device
+        ):  # fmt: skip
+            self._refuse_tensors(q, k, v, ranks)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise ValueError("q, k, v: one requires grad, and there is no backward; detach() it or use torch.no_grad()")
         self._check_dtype(q.dtype, use_fp8, fp8_dtype)
@@ -121,6 +115,21 @@ class AttentionProblem:
         self.q, self.k = addressable(q), addressable(k)
         # float8 values are wanted the other way round, keys contiguous: quantize.py sees to that
         self.v = v if v.dtype.itemsize == 1 else addressable(v)
+
+    def _refuse_tensors(self, q, k, v, ranks):
+        """Name what is wrong with tensors that are none, or unlike each other."""
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if not isinstance(x, torch.Tensor):
+                raise TypeError(f"{name}: must be a torch.Tensor, it is {type(x).__name__}")
+            if x.ndim not in ranks:
+                forms = "[B, H, S, D]" + (" or [S, H, D]" if 3 in ranks else "")
+                raise ValueError(f"{name}: must be {forms}, it has shape {list(x.shape)}")
+            if x.ndim != q.ndim:
+                raise ValueError(f"{name}: has {x.ndim} dimensions and q has {q.ndim}; all three must have the same")
+            if x.dtype != q.dtype:
+                raise TypeError(f"{name}: is {x.dtype} and q is {q.dtype}; q, k and v must have one dtype")
+            if x.device != q.device:
+                raise ValueError(f"{name}: is on {x.device} and q is on {q.device}; q, k and v must be on one device")
 
     def _check_dtype(self, dtype, use_fp8, fp8_dtype):
         if not use_fp8:
@@ -225,15 +234,17 @@ class AttentionProblem:
             raise TypeError(f"out: must be {'float16 or bfloat16' if self.fp8 else dtype}, it is {out.dtype}")
         if out.stride(-1) != 1 and out.shape[-1] > 1:
             raise ValueError(f"out: its last dimension must be contiguous, its strides are {list(out.stride())}")
-        if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        strides = out.stride()
+        if 0 in strides and any(size > 1 and step == 0 for size, step in zip(out.shape, strides, strict=True)):
             raise ValueError(f"out: its elements must not share memory, its strides are {list(out.stride())}")
         return out.transpose(0, 1).unsqueeze(0) if self.rank3 else out
 
 
 def addressable(x: torch.Tensor) -> torch.Tensor:
     """x [B, H, S, D] itself where its last dimension is contiguous and its rows are not too far apart, else a copy."""
-    contiguous = x.stride(-1) == 1 or x.shape[-1] == 1
-    return x if contiguous and x.stride(-2) <= MAX_ROW_STRIDE else x.contiguous()
+    *_, row, column = x.stride()
+    contiguous = column == 1 or x.shape[-1] == 1
+    return x if contiguous and row <= MAX_ROW_STRIDE else x.contiguous()
 
 
 def _checked_scale(scale, head_dim) -> float:
