@@ -30,7 +30,7 @@ def tile_table(problem: AttentionProblem, block_m: int, block_n: int) -> tuple[t
 @functools.lru_cache(maxsize=256)
 def _table(heads, seqlen_q, seqlen_k, left, right, block_m, block_n, together, programs, device):
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("the first call of a shape makes its table of tiles: call once before capturing a CUDA graph")
+        raise RuntimeError("the first call of a shape makes its table: call once before capturing a CUDA graph")
     first_row = torch.arange(0, seqlen_q, block_m)
     last_row = torch.clamp(first_row + block_m, max=seqlen_q) - 1
     lo, hi = torch.zeros_like(first_row), torch.full_like(first_row, cdiv(seqlen_k, block_n))
