@@ -14,6 +14,7 @@ import triton.language as tl
 from common.launch import cdiv, launch
 from common.problem import FP8, AttentionProblem
 
+SMALLEST_AMAX = 1e-30  # below, 1 / descale would leave float32: such a head is as good as zero
 FORMAT_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 
 
@@ -55,10 +56,14 @@ def _keys_contiguous(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(batch, heads, head_dim, padded, dtype=dtype, device=x.device)[..., :seqlen].transpose(2, 3)
 
 
-def _quantize(x: torch.Tensor, dtype: torch.dtype, keys_contiguous: bool):
+def _quantize(x: torch.Tensor, dtype: torch.dtype, keys_contiguous: bool, lengths: torch.Tensor | None):
     batch, heads, seqlen, _ = x.shape
-    amax = x.abs().amax((2, 3)).float() if seqlen else torch.zeros(batch, heads, device=x.device)
-    usable = (amax > 0) & torch.isfinite(amax)
+    largest = x.abs().amax(3) if seqlen else x.new_zeros(batch, heads, 1)
+    if lengths is not None and seqlen:  # what lies past a length is nobody's, and must not set the scale
+        unused = torch.arange(seqlen, device=x.device) >= lengths[:, None]
+        largest = largest.masked_fill(unused[:, None], 0.0)
+    amax = largest.amax(2).float()
+    usable = (amax > SMALLEST_AMAX) & torch.isfinite(amax)
     descale = torch.where(usable, amax / FORMAT_MAX[dtype], 1.0)
     y = _keys_contiguous(x, dtype) if keys_contiguous else torch.empty_like(x, dtype=dtype)
     _store(x, y, 1.0 / descale)
@@ -67,7 +72,7 @@ def _quantize(x: torch.Tensor, dtype: torch.dtype, keys_contiguous: bool):
 
 def _store(x: torch.Tensor, y: torch.Tensor, scales: torch.Tensor):
     batch, heads, seqlen, head_dim = x.shape
-    BLOCK_M = 64
+    BLOCK_M = 64 if head_dim <= 128 else 32
     launch(
         quantize_kernel, (batch * heads, cdiv(seqlen, BLOCK_M)), x.device, x, y, scales, x.stride(), y.stride(),
         heads, seqlen, FORMAT_MAX[y.dtype], HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
@@ -89,8 +94,9 @@ def quantize_problem(problem: AttentionProblem, fp8_dtype: str):
     """Make the problem's tensors what an FP8 kernel reads: 16-bit ones quantised, a float8 v laid out if it must be."""
     p = problem
     if not p.fp8:
-        (q, descale_q), (k, descale_k) = (_quantize(x, FP8[fp8_dtype], False) for x in (p.q, p.k))
-        v, descale_v = _quantize(p.v, FP8[fp8_dtype], True)
+        q, descale_q = _quantize(p.q, FP8[fp8_dtype], False, p.seqlens_q)
+        k, descale_k = _quantize(p.k, FP8[fp8_dtype], False, p.seqlens_k)
+        v, descale_v = _quantize(p.v, FP8[fp8_dtype], True, p.seqlens_k)
         p.q, p.k, p.v, p.descales = q, k, v, (descale_q, descale_k, descale_v)
     elif p.v.stride(2) != 1 or any(stride % 16 for stride in (p.v.stride(0), p.v.stride(1), p.v.stride(3))):
         v = _keys_contiguous(p.v, p.v.dtype)
