@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -116,7 +117,7 @@ def _detect(index: int) -> GPU:
     same = relative is not None and relative.name.split()[-1] in found.name
     tflops, gbps = (relative.tflops, relative.gbps) if same else ({}, None)
     for board, peaks in _BOARDS.items():
-        if board in found.name:
+        if re.search(rf"\b{board}\b", found.name):
             tflops, gbps = peaks
     return GPU(
         name=found.name,

@@ -49,9 +49,7 @@ def test_no_gpu_is_an_error_of_its_own(monkeypatch):
         ("NVIDIA GH200 480GB", (9, 0), 989, 4000),
         ("NVIDIA A100-SXM4-40GB", (8, 0), 312, 1555),
         ("NVIDIA L4", (8, 9), 121, 300),
-        pytest.param(
-            "NVIDIA L40S", (8, 9), 362, 864, marks=pytest.mark.xfail(strict=True, reason="its name contains L4's")
-        ),
+        ("NVIDIA L40S", (8, 9), 362, 864),
         ("NVIDIA GeForce RTX 4090", (8, 9), 165.2, 1008),
         ("NVIDIA GeForce RTX 5090", (12, 0), 209.5, 1792),
         ("NVIDIA GeForce RTX 4070", (8, 9), None, None),
