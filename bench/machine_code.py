@@ -9,6 +9,7 @@ recorded and compiled in place of run. No driver is touched. Results are cached 
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import functools
 import gzip
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from tabulate import tabulate
@@ -39,7 +40,7 @@ STAGES = ("ttir", "ttgir", "llir", "ptx", "sass")  # AMD has "amdgcn" for the la
 SCORES = {"prefill": 128 * 128, "decoding": 128}  # that normalised counts are for
 TMA = "global loads (TMA)"
 UNIT = {"prefill": "a 128 x 128 tile of scores", "decoding": "128 keys of one head"}
-CACHED_FILES = 2000  # about 100 MB
+CACHED_FILES = 4000  # about 200 MB
 
 
 class CompileError(RuntimeError):
@@ -73,7 +74,8 @@ class Compiled:
 
     own: the version lists it among its kernels (quantisation, say, is not). constants: the launch's constexprs
     (BLOCK_M, ...). shared, stack and size are bytes, registers a thread's; spilled counts registers, on AMD alone.
-    text: the stages of compilation, {"ttir": ..., "sass": ...}; files in it are relative to the repository.
+    text: the stages of compilation, {"ttir": ..., "ptx": ...}; files in it are relative to the repository. cubin: the
+    machine code in base 64, empty on AMD, where text has "amdgcn".
     """
 
     family: str
@@ -89,10 +91,21 @@ class Compiled:
     spilled: int
     size: int
     text: dict[str, str] = field(repr=False)
+    cubin: str = field(repr=False)
+
+    def stage(self, name: str) -> str:
+        """The text of a stage of STAGES; empty where the kernel has none, as one in Gluon has no ttir."""
+        if "amdgcn" in self.text and name in ("ptx", "sass"):
+            name = "amdgcn"
+        return self.sass if name == "sass" else self.text.get(name, "")
+
+    @functools.cached_property
+    def sass(self) -> str:
+        return disassembled(base64.b64decode(self.cubin))
 
     @functools.cached_property
     def code(self) -> Code:
-        return read_amd(self.text["amdgcn"]) if "amdgcn" in self.text else read_nvidia(self.text["sass"])
+        return read_nvidia(self.sass) if self.cubin else read_amd(self.text["amdgcn"])
 
     @functools.cached_property
     def loops(self) -> list[Loop]:
@@ -113,7 +126,9 @@ class Compiled:
 
 def facts(compiled: Compiled) -> dict[str, int]:
     """Registers a thread, spills (STL and LDL; on AMD registers), warps; bytes of stack, shared memory and code."""
-    spills = compiled.spilled or sum(i.kind == "spills" for i in compiled.code.instructions)
+    spills = compiled.spilled
+    if compiled.cubin and compiled.stack:  # a stack may be there without spills, spills not without a stack
+        spills = sum(i.kind == "spills" for i in compiled.code.instructions)
     return {
         "registers": compiled.registers, "spills": spills, "stack": compiled.stack, "shared": compiled.shared,
         "shared_limit": gpu_of(compiled.arch).shared_memory, "warps": compiled.warps, "code_bytes": compiled.size,
@@ -138,7 +153,7 @@ def scores_an_iteration(compiled: Compiled, loop: Loop) -> float | None:
     if compiled.warp_specialized:
         width = constants.get("BLOCK_D") or constants["HEAD_DIM"]
         return compiled.warps * multiply_adds_a_warp(loop) / (2 * width) or None
-    return constants.get("BLOCK_M", 1) * constants["BLOCK_N"]
+    return constants["BLOCK_M"] * constants["BLOCK_N"]
 
 
 def multiply_adds_a_warp(loop: Loop) -> int:
@@ -162,7 +177,7 @@ def loop_counts(compiled: Compiled, loop: Loop) -> dict[str, float]:
     factor = SCORES[compiled.family] * compiled.warps / scores if scores else 1
     counts = {kind: loop.counts[kind] * factor for kind in loop.counts}
     if scores and compiled.warp_specialized and TMA not in counts:
-        tile = compiled.constants.get("BLOCK_M", 1) * compiled.constants["BLOCK_N"]
+        tile = compiled.constants["BLOCK_M"] * compiled.constants["BLOCK_N"]
         loading = innermost(compiled.loops, TMA)
         counts[TMA] = sum(other.counts[TMA] for other in loading) * SCORES[compiled.family] / tile
     return {kind: counts[kind] for kind in KINDS if counts.get(kind)}
@@ -313,20 +328,32 @@ def _compile_elsewhere(missing: list[tuple[Case, pathlib.Path]]) -> None:
             _store(path, CompileError(f"{case.version}, {case.label()}: {reason}"))
 
 
+def why_not(case: Case) -> str | None:
+    """One line on why the version does not run on this GPU or does not serve this call; None where it does."""
+    from common.hardware import pretend
+
+    version, gpu = _found(case)
+    if reason := version.why_not(gpu, case.dtype):
+        return f"{version.name} on {case.arch}: {reason}"
+    with pretend(gpu):
+        reason = version.declines(*_tensors(case), **_options(case))
+    return reason and f"{version.name}, {case.label()}: {reason}"
+
+
 def own_tiles(case: Case) -> tuple[int, int, int, int] | None:
-    """The tiles that the version chooses for the case; None where it cannot run there."""
+    """The tiles that the version chooses for the case; None where it does not run."""
     from common.hardware import pretend
     from common.problem import FP8, AttentionProblem
 
     version, gpu = _found(case)
-    if version.why_not(gpu, case.dtype):
+    if why_not(case):
         return None
     q, k, v = (x.to(FP8[case.dtype]) if case.dtype in FP8 else x for x in _tensors(case))
     with pretend(gpu):
         if case.family == "decoding":
             problem = AttentionProblem.decoding(q, k, v)
         else:
-            problem = AttentionProblem.prefill(q, k, v, is_causal=case.causal, **_fp8_options(case))
+            problem = AttentionProblem.prefill(q, k, v, **_options(case))
         return tuple(version.tiles(problem))
 
 
@@ -349,8 +376,9 @@ def _tensors(case: Case) -> tuple:
     return tensor(rows, case.heads_q), tensor(case.seqlen, case.heads_kv), tensor(case.seqlen, case.heads_kv)
 
 
-def _fp8_options(case: Case) -> dict:
-    return {"use_fp8": True, "fp8_dtype": case.dtype} if case.dtype in ("e4m3", "e5m2") else {}
+def _options(case: Case) -> dict:
+    causal = {"is_causal": case.causal} if case.family == "prefill" else {}
+    return causal | ({"use_fp8": True, "fp8_dtype": case.dtype} if case.dtype in ("e4m3", "e5m2") else {})
 
 
 def _compile(case: Case) -> list[Compiled]:
@@ -358,10 +386,9 @@ def _compile(case: Case) -> list[Compiled]:
     from common.launch import Tiles
 
     version, gpu = _found(case)
-    if reason := version.why_not(gpu, case.dtype):  # first: a Gluon kernel for another GPU would end the process
-        raise CompileError(f"{version.name} on {case.arch}: {reason}")
-    options = {"is_causal": case.causal} if case.family == "prefill" else {}
-    options |= _fp8_options(case) | ({"tiles": Tiles(*case.tiles)} if case.tiles else {})
+    if reason := why_not(case):  # first: a Gluon kernel for another GPU would end the process
+        raise CompileError(reason)
+    options = _options(case) | ({"tiles": Tiles(*case.tiles)} if case.tiles else {})
     names = {kernel.fn.__name__ for kernel in version.kernels}
     with pretend(gpu), warnings.catch_warnings(), recorded_launches(target_of(gpu)) as launches:
         warnings.simplefilter("ignore")  # that block pointers are deprecated, for one
@@ -374,7 +401,11 @@ def _compile(case: Case) -> list[Compiled]:
             reason = f"{type(error).__name__}: {said[-1] if said else ''}"
             raise CompileError(f"{version.name}, {case.label()}: {reason}") from error
     distinct = {compiled.hash: (kernel, constants, compiled) for kernel, constants, compiled in launches}
-    return [_examined(case, kernel, kernel in names, *rest) for kernel, *rest in distinct.values()]
+    kernels = [_examined(case, kernel, kernel in names, *rest) for kernel, *rest in distinct.values()]
+    rows, columns, *_ = case.tiles or own_tiles(case)
+    tile = {"BLOCK_M": rows, "BLOCK_N": columns}  # a kernel may have them in constants of other names
+    main = version.kernels[0].fn.__name__
+    return [replace(k, constants=tile | k.constants) if k.kernel == main else k for k in kernels]
 
 
 @contextlib.contextmanager
@@ -417,36 +448,41 @@ def _compile_like_launch(kernel, target, args: tuple, kwargs: dict):
 
 def _examined(case: Case, kernel: str, own: bool, constants: dict, compiled) -> Compiled:
     text = {stage: compiled.asm[stage] for stage in ("ttir", "ttgir", "llir", "ptx", "amdgcn") if stage in compiled.asm}
-    if "cubin" in compiled.asm:
-        text["sass"], resources = _read_cubin(compiled.asm["cubin"])
-    else:
-        resources = _amd_resources(text["amdgcn"])
+    cubin = compiled.asm.get("cubin", b"")
+    resources = _resources(cubin) if cubin else _amd_resources(text["amdgcn"])
     metadata = compiled.metadata
     return Compiled(
         family=case.family, kernel=kernel, own=own, arch=case.arch, constants=constants, warps=metadata.num_warps,
         stages=constants.get("STAGES", metadata.num_stages), shared=metadata.shared,
-        size=len(compiled.asm.get("cubin") or compiled.asm["hsaco"]),
+        size=len(cubin or compiled.asm["hsaco"]), cubin=base64.b64encode(cubin).decode(),
         text={stage: _relative(listing) for stage, listing in text.items()}, **resources,
     )  # fmt: skip
 
 
-def _read_cubin(cubin: bytes) -> tuple[str, dict]:
-    """(disassembly with source lines, {"registers", "stack", "spilled"}) by the tools that come with triton."""
+def _resources(cubin: bytes) -> dict[str, int]:
+    usage = _run_on(cubin, "cuobjdump", "--dump-resource-usage")
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return {"registers": int(registers), "stack": int(stack), "spilled": 0}
+
+
+def disassembled(cubin: bytes) -> str:
+    """SASS with source lines. Takes half a second, so it is kept, and only made when it is needed."""
+    path = cache_folder() / "sass" / f"{digest(cubin)}.gz"
+    if not path.exists():
+        _keep(path, _relative(_run_on(cubin, "nvdisasm", "-c", "-gi")))
+    return gzip.decompress(path.read_bytes()).decode()
+
+
+def _run_on(cubin: bytes, tool: str, *flags: str) -> str:
+    """The output of a tool that comes with triton, for this cubin."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        sass = _run(knobs.nvidia.nvdisasm.path, "-c", "-gi", file.name)
-        usage = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return sass, {"registers": int(registers), "stack": int(stack), "spilled": 0}
-
-
-def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run([getattr(knobs.nvidia, tool).path, *flags, file.name], capture_output=True, text=True)
     if done.returncode:
-        raise CompileError(f"{pathlib.Path(command[0]).name}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
+        raise CompileError(f"{tool}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
     return done.stdout
 
 
@@ -519,15 +555,27 @@ def _is_of(case: Case, path: pathlib.Path) -> bool:
 
 
 def _store(path: pathlib.Path, result: list[Compiled] | CompileError) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     error = isinstance(result, CompileError)
     plain = {"error": str(result)} if error else {"kernels": [asdict(compiled) for compiled in result]}
+    _keep(path, json.dumps(plain))
+
+
+def _keep(path: pathlib.Path, text: str) -> None:
+    """Write a file whole or not at all; the oldest ones of a folder make room."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_bytes(gzip.compress(json.dumps(plain).encode(), 5))
+    temporary.write_bytes(gzip.compress(text.encode(), 5))
     temporary.replace(path)
-    files = sorted(path.parent.glob("*.gz"), key=lambda file: file.stat().st_mtime)
-    for old in files[: max(0, len(files) - CACHED_FILES)]:
+    files = list(path.parent.glob("*.gz"))
+    for old in sorted(files, key=_written)[: max(0, len(files) - CACHED_FILES)]:
         old.unlink(missing_ok=True)
+
+
+def _written(path: pathlib.Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another process made room
+        return 0.0
 
 
 def _load(path: pathlib.Path) -> list[Compiled] | CompileError:

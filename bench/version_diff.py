@@ -119,7 +119,7 @@ def stage_diff(stage: str, old: list[machine_code.Compiled], new: list[machine_c
         texts, names = [], []
         for compiled in (before, after):
             name = "amdgcn" if stage in ("ptx", "sass") and compiled and "amdgcn" in compiled.text else stage
-            texts.append(normalised(name, compiled.text.get(name, "")) if compiled else [])
+            texts.append(normalised(name, compiled.stage(stage)) if compiled else [])
             names.append(f"{compiled.kernel} {name}" if compiled else "(no kernel)")
         diff += difflib.unified_diff(*texts, *names, n=CONTEXT, lineterm="")
     return diff
