@@ -23,13 +23,26 @@ def compiled():
     diff_setting.compile_everything()
 
 
-@pytest.fixture(params=["no records", "records"])
-def records(request, monkeypatch, tmp_path):
-    """Results that are made up, or none."""
-    monkeypatch.setattr(version_diff, "RESULTS", tmp_path)
+@pytest.fixture(scope="module", params=["no records", "records"])
+def gatherers(request, tmp_path_factory):
+    """{family: Gatherer}, without records and with made-up ones; each reads every kernel once."""
+    folder = tmp_path_factory.mktemp("results")
     if request.param == "records":
-        diff_setting.made_up_records(tmp_path)
-    return request.param == "records"
+        diff_setting.made_up_records(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(version_diff, "RESULTS", folder)
+        return {family: version_diff.Gatherer(family) for family in FAMILIES}
+
+
+@pytest.fixture
+def records(gatherers, monkeypatch):
+    """Whether there are records."""
+
+    def gathered(request):
+        return json.loads(json.dumps(gatherers[request.family].pair(request)))
+
+    monkeypatch.setattr(diff_versions, "gather", gathered)
+    return all(gatherer.book for gatherer in gatherers.values())
 
 
 def output(capsys, *arguments: str) -> str:

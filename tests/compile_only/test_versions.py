@@ -60,8 +60,18 @@ def narrow_offsets(ttir: str, dtype: str) -> list[str]:
     signature = next(line for line in ttir.splitlines() if "tt.func public" in line)
     pointers = re.findall(r"(%\w+): !tt\.ptr<(\w+)>", signature)
     tensors = {name for name, element in pointers if element == ELEMENT[dtype]}
-    steps = re.findall(r"tt\.addptr (%\w+), (.*?): .*, (\S+)", ttir)
+    steps = re.findall(r"tt\.addptr (%\w+), (.*?) : .*?, (i\d+)", ttir)
     return [f"{name} + {offset}" for name, offset, kind in steps if name in tensors and kind != "i64"]
+
+
+def test_narrow_offsets_are_found():
+    signature = "tt.func public @kernel(%Q: !tt.ptr<f16> {tt.divisibility = 16 : i32}, %table: !tt.ptr<i32>)"
+    steps = ["%Q_1 = tt.addptr %Q, %a : !tt.ptr<f16>, i64", "%b = tt.addptr %table, %a : !tt.ptr<i32>, i32"]
+    assert narrow_offsets("\n".join([signature, *steps]), "fp16") == []
+    steps.append("%Q_2 = tt.addptr %Q, %c : !tt.ptr<f16>, i32 loc(#loc7)")
+    assert narrow_offsets("\n".join([signature, *steps]), "fp16") == ["%Q + %c"]
+    ttir = compile_version(find_version("prefill", "v1"), "sm_90")[0].stage("ttir")
+    assert narrow_offsets(re.sub(r"(!tt\.ptr<f16>), i64", r"\1, i32", ttir), "fp16") != []  # so they are in the text
 
 
 @pytest.mark.parametrize("arch", NVIDIA)
