@@ -93,7 +93,6 @@ EXCEPTIONS = {
     ("prefill", "v3"): "two ideas, as the seeds have it: block pointers, and FP8 with its scales and arguments",
     ("prefill", "v4"): "wasted instructions have three sources: exp, the mask, the order of the blocks",
     ("prefill", "v5"): "descriptors replace all addressing, and the version says what they cannot address",
-    ("prefill", "v5"): "descriptors take the place of every address, and of the mask's two loops",
     ("prefill", "v6"): "a new start: the kernel is written in Gluon",
     ("prefill", "v7"): "one loop over tiles and blocks takes the place of two",
 }
