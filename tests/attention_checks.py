@@ -248,17 +248,29 @@ def error_limit(q, k, v, dtype: str, **options) -> float:
     if not wanted.any():
         return 0.0
     if dtype in FP8_LIMIT:
-        rounded = attention_oracle(*(round_fp8(x, dtype) for x in (q, k, v)), **options)
+        rounded = attention_oracle(*round_inputs(q, k, v, dtype, options), **options)
         return max(FP8_LIMIT[dtype], 1.5 * relative_error(rounded, wanted))
     return max(2 * relative_error(eager_attention(q, k, v, **options), wanted), FLOOR[dtype])
 
 
-def round_fp8(x: torch.Tensor, dtype: str) -> torch.Tensor:
-    """x [B, H, S, D] as float8 with one scale a head would hold it, in float32."""
+def round_fp8(x: torch.Tensor, dtype: str, lengths=None) -> torch.Tensor:
+    """x [B, H, S, D] as float8 would hold it, with one scale a head over its first `lengths` rows; in float32."""
     if not x.numel():
         return x
-    descale = x.float().abs().amax((2, 3), keepdim=True) / torch.finfo(FP8[dtype]).max
-    return (x.float() * (1.0 / descale)).to(FP8[dtype]).float() * descale
+    used = x.float().abs()
+    if lengths is not None:
+        unused = torch.arange(x.shape[2], device=x.device) >= lengths[:, None]
+        used = used.masked_fill(unused[:, None, :, None], 0.0)
+    largest = torch.finfo(FP8[dtype]).max
+    amax = used.amax((2, 3), keepdim=True)
+    descale = torch.where(amax > 0, amax / largest, 1.0)
+    return (x.float() * (1.0 / descale)).clamp(-largest, largest).to(FP8[dtype]).float() * descale
+
+
+def round_inputs(q, k, v, dtype: str, options: dict) -> list[torch.Tensor]:
+    """q, k and v as a call with these options rounds them."""
+    lengths = options.get("seqlens_q"), options.get("seqlens_k"), options.get("seqlens_k")
+    return [round_fp8(x, dtype, n) for x, n in zip((q, k, v), lengths, strict=True)]
 
 
 def assert_close(out, q, k, v, dtype: str, limit: float | None = None, lse=None, **options):
@@ -274,7 +286,8 @@ def assert_close(out, q, k, v, dtype: str, limit: float | None = None, lse=None,
     assert error <= limit, f"relative error {error:.3g}, the limit is {limit:.3g}"
     if lse is not None:
         if dtype in FP8_LIMIT:  # of rounded q and k it is exact: it sums the weights before they become float8
-            _, wanted_lse = attention_oracle(round_fp8(q, dtype), round_fp8(k, dtype), v, return_lse=True, **options)
+            rounded = round_inputs(q, k, v, dtype, options)
+            _, wanted_lse = attention_oracle(*rounded, return_lse=True, **options)
         assert_lse_close(lse, wanted_lse, dtype)
 
 

@@ -123,11 +123,7 @@ def test_nan_past_the_lengths(version, dtype, device):
         for b, length in enumerate(lengths):
             x[b, :, length:] = math.nan
     dirty = call(version, q, k, v, dtype, tiles=small_tiles(version), **options)
-    if dtype == "fp16":
-        assert torch.equal(dirty, clean)
-    else:
-        q, k, v = case.tensors(dtype, device)
-        assert_close(dirty, q, k, v, dtype, **options)
+    assert torch.equal(dirty, clean)
 
 
 TIGHT = {
