@@ -79,8 +79,9 @@ def flash_attention_kernel(
 
 
 def tiles_for(problem: AttentionProblem) -> Tiles:
-    """One small tile for everything; wide or 4-byte rows need more warps and fewer stages to stay in registers."""
-    return Tiles(32, 32, 8, 1) if problem.head_dim * problem.dtype.itemsize > 512 else Tiles(32, 32, 4, 2)
+    """One small tile for everything; wide 4-byte rows need more warps and fewer stages to stay in registers."""
+    wide = problem.dtype.itemsize == 4 and problem.head_dim > 64
+    return Tiles(32, 32, 8, 1) if wide else Tiles(32, 32, 4, 2)
 
 
 def call_flash_attention_v1(
