@@ -59,3 +59,13 @@ def test_a_product_of_bfloat16_is_a_product_of_numbers():
     zero = interpreter.TensorHandle(np.zeros((16, 16), np.float32), tl.float32)
     got = interpreter.InterpreterBuilder().create_dot(*handles, zero, None, 0).data
     np.testing.assert_allclose(got, (a.double() @ b.double()).numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_declining_is_no_fault():
+    """A version that does not take a dtype is named with its reason, and the script still succeeds."""
+    from bench.without_gpu import check_version
+    from common.lineage import find_version
+
+    right, lines = check_version(find_version("prefill", "v5"))
+    assert right and any("fp32: not checked: takes no float32" in line for line in lines)
+    assert not any("WRONG" in line for line in lines)
