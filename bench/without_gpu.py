@@ -112,7 +112,8 @@ def check_version(version: Version) -> tuple[bool, list[str]]:
         except Exception as failure:
             error, verdict = None, f"{type(failure).__name__}: {failure}".splitlines()[0]
         right &= verdict == "pass"
-        lines.setdefault(case.dtype, []).append("-" if error is None else f"relative error {error:.1e} (limit {limit:.1e})")
+        found = "-" if error is None else f"relative error {error:.1e} (limit {limit:.1e})"
+        lines.setdefault(case.dtype, []).append(found)
         if verdict != "pass":
             lines[case.dtype].append(f"WRONG at {case.label()}: {verdict}")
     return right, [f"  {version.label}, {dtype}: {', '.join(dict.fromkeys(parts))}" for dtype, parts in lines.items()]
