@@ -20,7 +20,10 @@ from common.problem import AttentionProblem
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
-GLUON_DTYPE = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+GLUON_DTYPE = {
+    torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float8_e4m3fn: gl.float8e4nv,
+    torch.float8_e5m2: gl.float8e5,
+}  # fmt: skip
 
 
 @gluon.jit
@@ -101,8 +104,8 @@ def masked(qk, offs_m, start_n, sizes):
 
 
 @functools.cache
-def _layout(rows: int, width: int, dtype: torch.dtype):
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], GLUON_DTYPE[dtype])
+def _layout(block: tuple, dtype: torch.dtype):
+    return gl.NVMMASharedLayout.get_default_for(list(block), GLUON_DTYPE[dtype])
 
 
 def descriptor(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
@@ -110,8 +113,30 @@ def descriptor(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
 
     Loads past S or D give 0 and stores past them write nothing. Alignment as why_no_tma says.
     """
-    strides = [stride if size > 1 else 16 for stride, size in zip(x.stride()[:-1], x.shape, strict=False)]
-    return TensorDescriptor(x, x.shape, [*strides, 1], [1, 1, rows, width], _layout(rows, width, x.dtype))
+    block = (1, 1, rows, width)
+    return TensorDescriptor(x, x.shape, _strides(x), list(block), _layout(block, x.dtype))
+
+
+def even_odd_descriptor(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
+    """The like for x [B, H, S, D], S even, as [B, H, 2, S / 2, D]: a block's even rows come before its odd ones."""
+    batch, heads, row, _ = _strides(x)
+    shape, block = [*x.shape[:2], 2, x.shape[2] // 2, x.shape[3]], (1, 1, 2, rows // 2, width)
+    return TensorDescriptor(x, shape, [batch, heads, row, 2 * row, 1], list(block), _layout(block, x.dtype))
+
+
+def _strides(x: torch.Tensor) -> list[int]:
+    return [*(stride if size > 1 else 16 for stride, size in zip(x.stride()[:-1], x.shape, strict=False)), 1]
+
+
+def for_tma(x: torch.Tensor, even_rows: bool = False) -> torch.Tensor:
+    """x [B, H, S, D] itself where TMA can address it, else a copy; even_rows: with a row of anything after an odd S."""
+    batch, heads, rows, width = x.shape
+    odd = even_rows and rows % 2
+    if why_no_tma(x) is None and not odd:
+        return x
+    copy = torch.empty(batch, heads, rows + odd, -(-width // 16) * 16, dtype=x.dtype, device=x.device)[..., :width]
+    copy[:, :, :rows].copy_(x)
+    return copy
 
 
 def why_no_tma(*tensors: torch.Tensor) -> str | None:
@@ -128,31 +153,45 @@ def why_no_tma(*tensors: torch.Tensor) -> str | None:
 def declines_on_hopper(
     q, k, v, *, is_causal=False, window=None, seqlens_q=None, seqlens_k=None, out=None, use_fp8=False, **_
 ):  # fmt: skip
-    """What the Gluon versions do not serve of a call's arguments: one line, or None."""
-    if use_fp8:
+    """What the 16-bit Gluon versions do not serve of a call's arguments: one line, or None."""
+    if use_fp8 or q.dtype.itemsize != 2:
         return "takes 16-bit tensors"
     rows = 0 if q.ndim == 3 else -2
     bounded = is_causal or window is not None
-    return _declines(q.dtype, bounded, q.shape[rows], k.shape[rows], seqlens_q, seqlens_k) or why_no_tma(
+    return _declines(bounded, q.shape[rows], k.shape[rows], seqlens_q, seqlens_k) or why_no_tma(
         *(x.transpose(0, 1) if q.ndim == 3 else x for x in (q, k, v, out) if x is not None)
     )
 
 
-def refuse_on_hopper(problem: AttentionProblem, beyond: str | None = None):
+def declines_fp8_on_hopper(
+    q, k, v, *, is_causal=False, window=None, seqlens_q=None, seqlens_k=None, out=None, **_
+):  # fmt: skip
+    """The like for FP8, whose inputs may lie anyhow: for_tma copies them if it must."""
+    rows = 0 if q.ndim == 3 else -2
+    bounded = is_causal or window is not None
+    if 0 in k.shape:
+        return f"has no TMA descriptor for an empty tensor, {list(k.shape)}"
+    if out is None:  # as AttentionProblem will make it
+        out = torch.empty_like(q, dtype=torch.bfloat16, device="meta")
+    return _declines(bounded, q.shape[rows], k.shape[rows], seqlens_q, seqlens_k) or why_no_tma(
+        out.transpose(0, 1) if q.ndim == 3 else out
+    )
+
+
+def refuse_on_hopper(problem: AttentionProblem, beyond: str | None = None, fp8: bool = False):
     """ValueError where the Gluon versions do not serve a problem (`beyond`: a version's own reason), or off Hopper."""
     p, gpu = problem, detect_gpu(problem.q.device)
     bounded = p.window_left is not None or p.window_right is not None
-    reason = beyond or _declines(p.dtype, bounded, p.seqlen_q, p.seqlen_k, p.seqlens_q, p.seqlens_k)
-    reason = reason or why_no_tma(p.q, p.k, p.v, p.out)
+    reason = beyond or (None if fp8 or p.dtype.itemsize == 2 else "takes 16-bit tensors")
+    reason = reason or _declines(bounded, p.seqlen_q, p.seqlen_k, p.seqlens_q, p.seqlens_k)
+    reason = reason or why_no_tma(*(() if fp8 else (p.q, p.k, p.v)), p.out)
     if gpu.capability != (9, 0):
         reason = f"needs compute capability 9.0, this is {gpu.name}"
     if reason:
         raise ValueError(f"this version {reason}; prefill.flash_attention takes the newest that serves the call")
 
 
-def _declines(dtype, bounded, seqlen_q, seqlen_k, seqlens_q, seqlens_k) -> str | None:
-    if dtype.itemsize != 2:
-        return "takes 16-bit tensors"
+def _declines(bounded, seqlen_q, seqlen_k, seqlens_q, seqlens_k) -> str | None:
     if seqlens_q is not None or seqlens_k is not None:
         return "takes no seqlens_q or seqlens_k: past a length TMA would load what is there, NaN too"
     if bounded and seqlen_q > seqlen_k:

@@ -41,7 +41,8 @@ class Requires:
 class Version:
     """One file of the lineage. `call` follows the family's contract; `tiles(problem)` is its own choice of tiles.
 
-    `declines`, of a call's arguments, says why this version does not serve that call, or None.
+    `declines`, of a call's arguments, says why this version does not serve that call, or None. fp8: it has an FP8 path;
+    half: it has one for 16-bit tensors.
     """
 
     family: str
@@ -54,6 +55,7 @@ class Version:
     kernels: tuple
     tiles: Callable
     fp8: bool = False
+    half: bool = True
     declines: Callable = lambda *args, **kwargs: None
 
     @property
@@ -89,6 +91,8 @@ class Version:
             return f"needs triton {'.'.join(map(str, need.triton))} or later, this is {triton.__version__}"
         if is_fp8 and not self.fp8:
             return "has no FP8 path"
+        if not is_fp8 and not self.half:
+            return "takes FP8 alone"
         if gpu.backend == "interpreter":
             return None if need.interpreter else "cannot run in Triton's interpreter"
         if gpu.backend == "hip":

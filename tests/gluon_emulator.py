@@ -31,6 +31,7 @@ import math
 import operator
 import pathlib
 import random
+import re
 import sys
 import threading
 import types
@@ -142,8 +143,8 @@ class Value:
     def type(self):
         return types.SimpleNamespace(shape=self.shape, element_ty=self.dtype, layout=Layout())
 
-    def to(self, dtype):
-        return Value(self.data.to(TORCH[dtype]))
+    def to(self, dtype, bitcast=False):
+        return Value(self.data.view(TORCH[dtype]) if bitcast else self.data.to(TORCH[dtype]))
 
     def reshape(self, *shape):
         return Value(self.data.reshape(*shape))
@@ -802,6 +803,19 @@ def _store(pointer, value, mask=None, **_):
     pointer.flat[index] = value[mask].to(pointer.base.dtype)
 
 
+def _inline_asm(asm, constraints, args, dtype, is_pure, pack):
+    """The two pieces of PTX that pack four 8-bit numbers into an int32 and take it for them again."""
+    tensors = [_raw(x) for x in args]
+    rounding = re.search(r"cvt\.rn\.satfinite\.(e\dm\d)x2\.f32 \w+, \$2, \$1;.*\$4, \$3; mov", asm, re.DOTALL)
+    if rounding and (dtype, pack, len(args)) == (real_gl.int32, 1, 4):
+        to = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[rounding[1]]
+        largest = torch.finfo(to).max
+        return Value(torch.stack([x.clamp(-largest, largest).to(to) for x in tensors], -1).view(torch.int32)[..., 0])
+    if asm == "mov.b32 $0, $1;" and (dtype, pack, tensors[0].dtype) == (real_gl.int8, 4, torch.int32):
+        return Value(tensors[0][..., ::4].contiguous().view(torch.int8))
+    raise AttributeError(f"tests/gluon_emulator.py does not know this yet: {asm}")
+
+
 def _static_assert(condition, message=""):
     assert condition, message
 
@@ -841,7 +855,7 @@ def _language() -> Language:
         broadcast=lambda a, b: tuple(map(Value, torch.broadcast_tensors(a.data, b.data))),
         join=lambda a, b: Value(torch.stack((a.data, b.data), -1)),
         split=lambda x: tuple(map(Value, x.data.unbind(-1))), cast=lambda x, dtype: x.to(dtype),
-        to_tensor=lambda x: x, shared_memory_descriptor=Buffer,
+        to_tensor=lambda x: x, inline_asm_elementwise=_inline_asm, shared_memory_descriptor=Buffer,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from attention_checks import Case, assert_close, guarded_memory, skip_unless_served, table
+from attention_checks import FP8_LIMIT, Case, assert_close, guarded_memory, skip_unless_served
 from gluon_emulator import Descriptor, Emulator, Int, Program, ProtocolError
 
 import common.hopper
@@ -26,7 +26,6 @@ VERSIONS = {
     for version in versions_of("prefill")
     if any(hasattr(kernel, "is_gluon") and kernel.is_gluon() for kernel in version.kernels)
 }
-every_version = table("version", VERSIONS)
 
 # Of blocks of m rows and n keys, whatever tiles the version takes.
 CASES = {
@@ -56,12 +55,16 @@ def run(version, name: str, dtype: str, seed: int, edit=lambda path, source: sou
         tiles = tiles_of(version, CASES[name](128, 128).head_dim, LENGTHS[seed % len(LENGTHS)])
         case = CASES[name](tiles.BLOCK_M, tiles.BLOCK_N)
         q, k, v = case.tensors(dtype, CPU)
-        options = case.options(CPU)
+        options = case.options(CPU) | ({"use_fp8": True, "fp8_dtype": dtype} if dtype in FP8_LIMIT else {})
         skip_unless_served(version, q, k, v, **options)
         with guarded_memory():
             out, lse = emulator.load(version.path).VERSION.call(q, k, v, return_lse=True, tiles=tiles, **options)
     assert emulator.launches, "no Gluon kernel was launched"
-    assert_close(out, q, k, v, dtype, None, lse, **options)
+    assert_close(out, q, k, v, dtype, None, lse, **case.options(CPU))
+
+
+def dtypes_of(version):
+    return ("fp16", "bf16") if version.half else ("e4m3", "e5m2")
 
 
 def tiles_of(version, head_dim: int, seqlen: int):
@@ -70,8 +73,9 @@ def tiles_of(version, head_dim: int, seqlen: int):
     return version.tiles(AttentionProblem.prefill(q, q, q))
 
 
-@every_version
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize(
+    "version, dtype", [pytest.param(v, d, id=f"{d}-{v.name}") for v in VERSIONS.values() for d in dtypes_of(v)]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_right_on_every_schedule(version, name, dtype):
     """Deadlocks, races on the rings, results read too early, wrong arithmetic at the edges."""
@@ -129,6 +133,7 @@ def mutants(source: str) -> dict[str, str]:
         if not isinstance(function, ast.FunctionDef) or not function.decorator_list:
             continue
         bodies = [getattr(n, part, []) for n in ast.walk(function) for part in ("body", "orelse")]
+        bodies = [body for body in bodies if isinstance(body, list)]  # statements, not the arms of an expression
         for before, node in [pair for body in bodies for pair in zip([None, *body], body, strict=False)]:
             text = ast.unparse(node)
             if isinstance(node, ast.Expr) and _calls(node, *NEEDED):
@@ -175,7 +180,7 @@ def test_every_change_is_noticed(version, path, name, changed):
 
     try:
         for case, seed in MUTANT_RUNS:
-            run(version, case, "fp16", seed, edit)
+            run(version, case, dtypes_of(version)[0], seed, edit)
     except AssertionError:
         assert (version.name, name) not in HARMLESS, "is noticed now: take it off the list of what is harmless"
     else:
@@ -285,5 +290,5 @@ def test_a_seed_is_a_schedule():
     with mock.patch.object(Program, "pick", note):
         for seed in (5, 5, 6):
             picks.append([])
-            run(version, "causal-mqa", "fp16", seed)
+            run(version, "causal-mqa", dtypes_of(version)[0], seed)
     assert picks[0] == picks[1] != picks[2]
