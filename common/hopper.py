@@ -158,7 +158,7 @@ def declines_on_hopper(
         return "takes 16-bit tensors"
     rows = 0 if q.ndim == 3 else -2
     bounded = is_causal or window is not None
-    return _declines(bounded, q.shape[rows], k.shape[rows], seqlens_q, seqlens_k) or why_no_tma(
+    return _declines(q.shape[-1], bounded, q.shape[rows], k.shape[rows], seqlens_q, seqlens_k) or why_no_tma(
         *(x.transpose(0, 1) if q.ndim == 3 else x for x in (q, k, v, out) if x is not None)
     )
 
@@ -173,7 +173,7 @@ def declines_fp8_on_hopper(
         return f"has no TMA descriptor for an empty tensor, {list(k.shape)}"
     if out is None:  # as AttentionProblem will make it
         out = torch.empty_like(q, dtype=torch.bfloat16, device="meta")
-    return _declines(bounded, q.shape[rows], k.shape[rows], seqlens_q, seqlens_k) or why_no_tma(
+    return _declines(q.shape[-1], bounded, q.shape[rows], k.shape[rows], seqlens_q, seqlens_k) or why_no_tma(
         out.transpose(0, 1) if q.ndim == 3 else out
     )
 
@@ -183,7 +183,7 @@ def refuse_on_hopper(problem: AttentionProblem, beyond: str | None = None, fp8: 
     p, gpu = problem, detect_gpu(problem.q.device)
     bounded = p.window_left is not None or p.window_right is not None
     reason = beyond or (None if fp8 or p.dtype.itemsize == 2 else "takes 16-bit tensors")
-    reason = reason or _declines(bounded, p.seqlen_q, p.seqlen_k, p.seqlens_q, p.seqlens_k)
+    reason = reason or _declines(p.head_dim, bounded, p.seqlen_q, p.seqlen_k, p.seqlens_q, p.seqlens_k)
     reason = reason or why_no_tma(*(() if fp8 else (p.q, p.k, p.v)), p.out)
     if gpu.capability != (9, 0):
         reason = f"needs compute capability 9.0, this is {gpu.name}"
@@ -191,7 +191,9 @@ def refuse_on_hopper(problem: AttentionProblem, beyond: str | None = None, fp8: 
         raise ValueError(f"this version {reason}; prefill.flash_attention takes the newest that serves the call")
 
 
-def _declines(bounded, seqlen_q, seqlen_k, seqlens_q, seqlens_k) -> str | None:
+def _declines(head_dim, bounded, seqlen_q, seqlen_k, seqlens_q, seqlens_k) -> str | None:
+    if head_dim % 8:
+        return f"takes head_dim in multiples of 8, not {head_dim}: TMA stores rows in pieces of 16 bytes"
     if seqlens_q is not None or seqlens_k is not None:
         return "takes no seqlens_q or seqlens_k: past a length TMA would load what is there, NaN too"
     if bounded and seqlen_q > seqlen_k:

@@ -122,13 +122,20 @@ def has_mask(p: AttentionProblem, tiles: Tiles) -> bool:
     return not (p.window_left is p.window_right is p.seqlens_k is None and p.seqlen_k % tiles.BLOCK_N == 0)
 
 
+def part_of_a_piece(head_dim: int, itemsize: int) -> str | None:
+    """Why rows of that many elements cannot be stored, if they cannot."""
+    if head_dim * itemsize % 16 == 0:
+        return None
+    return f"needs rows of whole 16 bytes, TMA's pieces, not head_dim {head_dim} of {itemsize} bytes"
+
+
 def declines(q, k, v, *, out=None, use_fp8=False, **_):
     """Why these arguments are not served: one line, or None."""
     itemsize = 1 if use_fp8 else q.dtype.itemsize
     if itemsize == 4:
         return "takes no float32: its products are not WGMMA's"
-    if q.shape[-1] * itemsize % 16:
-        return f"needs rows of a multiple of 16 bytes for TMA, here head_dim {q.shape[-1]} of {itemsize}"
+    if reason := part_of_a_piece(q.shape[-1], itemsize):
+        return reason
     tensors = (q, k) if v.dtype.itemsize == 1 else (q, k, v)  # a float8 v is laid out anew where it must be
     return why_no_tma(*tensors, *(() if out is None else (out,)))
 
@@ -146,7 +153,9 @@ def call_flash_attention_v5(
     turn_negative_scale(problem)
     if use_fp8:
         quantize_problem(problem, fp8_dtype)
-    if reason := why_no_tma(problem.q, problem.k, problem.v.transpose(2, 3) if problem.fp8 else problem.v, problem.out):
+    reason = part_of_a_piece(problem.head_dim, problem.q.itemsize)
+    v = problem.v.transpose(2, 3) if problem.fp8 else problem.v
+    if reason := reason or why_no_tma(problem.q, problem.k, v, problem.out):
         raise ValueError(f"this version {reason}; prefill.flash_attention takes the newest that serves the call")
     tiles = tiles or tiles_for(problem)
     specialize = tiles.BLOCK_M >= 128 and tiles.num_warps == 4  # the pass takes 4 warps alone, and 64 rows a group

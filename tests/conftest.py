@@ -39,7 +39,7 @@ def pytest_configure(config):
         # numpy's remarks on log(0) and 0 / 0, which kernels select away afterwards, and on triton's own use of it
         for warning in ("RuntimeWarning", "DeprecationWarning"):
             config.addinivalue_line("filterwarnings", f"ignore::{warning}:triton.runtime.interpreter")
-    phases = set(hypothesis.Phase) - ({hypothesis.Phase.shrink} if _interpreting() else set())  # minutes, there
+    phases = set(hypothesis.Phase) - {hypothesis.Phase.shrink}  # minutes: interpreted, or each shape compiled anew
     hypothesis.settings.register_profile(
         "lineage",
         phases=phases,

@@ -7,6 +7,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from bench.interpreter import install
+from common.hardware import interpreting
 
 FORMATS = {
     "e4m3": (tl.float8e4nv, torch.float8_e4m3fn, torch.uint8, 8),
@@ -61,6 +62,7 @@ def test_a_product_of_bfloat16_is_a_product_of_numbers():
     np.testing.assert_allclose(got, (a.double() @ b.double()).numpy(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(not interpreting(), reason="needs the interpreter")
 def test_declining_is_no_fault():
     """A version that does not take a dtype is named with its reason, and the script still succeeds."""
     from bench.without_gpu import check_version
