@@ -72,7 +72,7 @@ def plan(family: str, args) -> tuple[list[tuple[Case, list[Entrant]]], list[str]
     cells = []
     for case in cases_for(family, args.preset, **command_line.axes(args)):
         thin = args.preset == "paper" and case.dtype == "bf16" and not args.versions
-        taking_part = versions[-PAPER_BF16_VERSIONS:] if thin else versions
+        taking_part = [version for version in versions if version.half][-PAPER_BF16_VERSIONS:] if thin else versions
         entrants = [entrant for version in taking_part for entrant in version_entrants(version, case)]
         if thin:
             entrants = [entrant for entrant in entrants if entrant.variant == OWN]
@@ -99,7 +99,7 @@ def choose_peers(family: str, names: list[str] | None) -> tuple[list[Peer], list
 
 def version_entrants(version: Version, case: Case) -> list[Entrant]:
     """A version with its own tiles and, where it has a parent to compare with, its parent's."""
-    if case.dtype in FP8 and not version.fp8:
+    if not (version.fp8 if case.dtype in FP8 else version.half):
         return []
     try:
         parent = parent_of(version)

@@ -31,9 +31,9 @@ needs_gpu = pytest.mark.skipif(interpreting(), reason="needs a GPU")
 
 
 def _parameter(version, *dtype, family: bool = False, runs: bool = True):
-    """One version, and a dtype if given, with the reason why it cannot run here as a skip."""
+    """One version, and a dtype if given (else one that it has), with the reason why it cannot run here as a skip."""
     name = "-".join([*[version.family] * family, version.name, *dtype])
-    reason = version.why_not(detect_gpu(), *dtype) if runs else None
+    reason = version.why_not(detect_gpu(), *(dtype or (dtype_for(version, "fp16"),))) if runs else None
     return pytest.param(
         version, *dtype, id=name, marks=[pytest.mark.skip(reason=f"{version.name} {reason}")] if reason else []
     )  # fmt: skip
@@ -51,8 +51,15 @@ def all_versions(*families: str, fp8: bool = False, runs: bool = True):
 
 def all_versions_and_dtypes(family: str, *dtypes: str):
     """Parametrises a test over every version and the dtypes that it has a path for."""
-    found = [(v, dtype) for v in versions_of(family) for dtype in dtypes if v.fp8 or dtype not in FP8_LIMIT]
+    found = [(v, dtype) for v in versions_of(family) for dtype in dtypes if dtype_for(v, dtype) == dtype]
     return pytest.mark.parametrize("version, dtype", [_parameter(*pair) for pair in found])
+
+
+def dtype_for(version, dtype: str) -> str:
+    """The dtype itself, or another where the version has no path for it."""
+    if dtype in FP8_LIMIT:
+        return dtype if version.fp8 else "fp16"
+    return dtype if version.half else "e4m3"
 
 
 def table(names: str, cases: dict):

@@ -696,7 +696,7 @@ class Program:
         if pred:
             barrier.usable()
             if dst.shape != desc.block_shape or dst.dtype != desc.dtype or not dst.data.is_contiguous():
-                raise TypeError(f"a block {desc.block_shape} {desc.dtype} loaded to {dst.shape} {dst.dtype}")
+                raise ProtocolError(f"a block {desc.block_shape} {desc.dtype} loaded to {dst.shape} {dst.dtype}")
             load = Load(self, desc.read(coordinates), barrier, dst)
             self.loads.append(load)
             self.flights.append(load)

@@ -13,6 +13,7 @@ from attention_checks import (
     assert_lse_close,
     call,
     check,
+    dtype_for,
     huge,
     needs_gpu,
     skip_unless_served,
@@ -76,8 +77,7 @@ MASKS = {
 @table("dtype, case", MASKS)
 def test_masks(version, dtype, case, device):
     """Alignment of the diagonal, bounds off by one, blocks skipped that count, lengths ignored, rows without a key."""
-    dtype = dtype if version.fp8 or dtype in HALF_AND_FULL else "fp16"
-    check(version, case, dtype, device, tiles=small_tiles(version))
+    check(version, case, dtype_for(version, dtype), device, tiles=small_tiles(version))
 
 
 LAYOUTS = {

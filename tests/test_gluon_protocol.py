@@ -108,6 +108,9 @@ HARMLESS = {
     ("v6", "flash_attention_kernel: allocate_ring(q_desc, 2, 1 + 1)"): "Q is loaded once and never released",
     ("v7", "step: without wait_full(v_ring, i_v + 1, STAGES, more)"): "as in v6",
     ("v7", "step: warpgroup_mma_wait(2, deps=[acc])"): "as in v6",
+    ("v8", "step: without wait_full(v_ring, i_v + 1, STAGES, more)"): "as in v6",
+    ("v8", "step: warpgroup_mma_wait(2, deps=[acc])"): "as in v6",
+    ("v8", "skip: without wait_full(ring, i, SLOTS)"): "as in v6",
 }
 
 
