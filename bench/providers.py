@@ -67,7 +67,7 @@ class Bound:
 def bind_version(version: Version, variant: str, inputs: Inputs) -> Bound:
     """A version with its own tiles or its parent's. The output is allocated once, outside the call."""
     tensors, options = inputs.version_arguments()
-    if reason := version.declines(*tensors, **options):
+    if reason := version.why_not_call(*tensors, **options):
         raise NotHere(reason)
     problem = inputs.problem()
     tiles = _tiles(version, variant, inputs.case, problem)

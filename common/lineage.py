@@ -57,6 +57,7 @@ class Version:
     fp8: bool = False
     half: bool = True
     declines: Callable = lambda *args, **kwargs: None
+    most_queries: int = 1  # of a sequence, in one decoding call
 
     @property
     def name(self) -> str:
@@ -106,6 +107,12 @@ class Version:
         if gpu.capability < least:
             return "{}needs compute capability {}.{}, this is {}".format("FP8 " if is_fp8 else "", *least, found)
         return None
+
+    def why_not_call(self, q, k, v, **arguments) -> str | None:
+        """Why this version does not serve that call; None where it does."""
+        if self.family == "decoding" and q.shape[2] > self.most_queries:
+            return f"takes {self.most_queries} queries of a sequence at most, not {q.shape[2]}"
+        return self.declines(q, k, v, **arguments)
 
 
 def _normalised(source: str) -> str:

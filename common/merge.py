@@ -23,6 +23,17 @@ def merge_step(acc, m_i, l_i, outs, lses):
     return acc, m_new, l_i * alpha + tl.sum(weights, 0)
 
 
+@triton.jit
+def merge_rows_step(acc, m_i, l_i, outs, lses):
+    """merge_step for some rows at a time: outs [PARTS, ROWS, BLOCK_D], lses [PARTS, ROWS] into acc [ROWS, BLOCK_D]."""
+    m_new = tl.maximum(m_i, tl.max(lses, 0))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp(m_i - m_safe)
+    weights = tl.exp(lses - m_safe[None, :])
+    acc = acc * alpha[:, None] + tl.sum(weights[:, :, None] * outs, 0)
+    return acc, m_new, l_i * alpha + tl.sum(weights, 0)
+
+
 def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge parts along the first dimension.
 

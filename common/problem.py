@@ -52,15 +52,21 @@ class AttentionProblem:
         return self
 
     @classmethod
-    def decoding(cls, q, k, v, *, scale=None, seqlens_k=None, num_splits=None, return_lse=False, out=None):
-        """Check a decoding step; q [B, Hq, 1, D], k and v [B, Hkv, Sk, D]; num_splits None is the version's own choice.
+    def decoding(
+        cls, q, k, v, *, scale=None, seqlens_k=None, num_splits=None, return_lse=False, out=None, most_queries=1
+    ):  # fmt: skip
+        """Check a decoding step; q [B, Hq, Sq, D], the last positions of their sequences, k and v [B, Hkv, Sk, D].
+
+        num_splits: None is the version's own choice. most_queries: what Sq may be, in this version.
 
         Raises TypeError or ValueError, naming the argument, what it was and what would do.
         """
         self = cls()
         self._take_tensors(q, k, v, use_fp8=False, fp8_dtype=None, ranks=(4,))
-        if self.seqlen_q != 1:
-            raise ValueError(f"q: decoding takes one query a sequence, [B, Hq, 1, D], not {self.seqlen_q}; use prefill")
+        if not 1 <= self.seqlen_q <= most_queries:
+            takes = "one query" if most_queries == 1 else f"1 to {most_queries} queries"
+            form = "[B, Hq, 1, D]" if most_queries == 1 else "[B, Hq, Sq, D]"
+            raise ValueError(f"q: decoding takes {takes} a sequence, {form}, not {self.seqlen_q}; use prefill")
         self.scale = _checked_scale(scale, self.head_dim)
         self.window_left = self.window_right = self.seqlens_q = self.descales = None
         self.seqlens_k = self._checked_lengths("seqlens_k", seqlens_k, self.seqlen_k)

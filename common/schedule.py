@@ -1,4 +1,6 @@
-"""Which row block of which head a program takes: the order in which the GPU starts the work."""
+"""Which row block of which head a program takes, in which order; and into how many parts the keys are cut."""
+
+import functools
 
 import triton
 import triton.language as tl
@@ -30,3 +32,20 @@ def heads_in_l2(problem: AttentionProblem) -> int:
         return 1
     one_head = 2 * problem.seqlen_k * problem.head_dim * problem.dtype.itemsize
     return problem.group * max(1, detect_gpu(problem.q.device).l2_bytes // 2 // max(1, one_head))
+
+
+SPLIT_COST = 0.5  # of starting a split and merging it, in blocks of keys
+
+
+@functools.lru_cache(maxsize=1024)
+def splits_of_whole_waves(programs: int, slots: int, blocks: int) -> int:
+    """Into how many parts the `blocks` of keys of each of `programs` programs are cut where `slots` run at a time.
+
+    The number with the least (waves * blocks of a part): one wave that is nearly full, or several; at least 1.
+    """
+
+    def duration(splits):
+        waves = -(-programs * splits // slots)
+        return waves * (blocks / splits + SPLIT_COST)
+
+    return min(range(1, max(1, min(blocks, slots)) + 1), key=duration)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from attention_checks import (
+    FINEST,
     HALF_AND_FULL,
     Case,
     all_versions,
@@ -25,6 +26,7 @@ from attention_checks import (
 
 import decoding
 from common.hardware import KNOWN, pretend
+from common.merge import merge
 from common.reference import attention_oracle
 
 every_version = all_versions("decoding")
@@ -48,6 +50,56 @@ def test_shapes(version, dtype, case, device):
     check(version, case, dtype, device)
 
 
+# name: query heads, KV heads, queries of a sequence
+GROUPS = {
+    "1": (3, 3, 1),
+    "2": (4, 2, 1),
+    "3": (6, 2, 1),
+    "mqa-5": (5, 1, 1),
+    "8": (16, 2, 1),
+    "mqa-16": (16, 1, 1),
+    "mqa-17": (17, 1, 1),
+    "32": (64, 2, 1),
+    "64": (64, 1, 1),
+    "two-queries": (2, 2, 2),
+    "3-x-3-queries": (6, 2, 3),
+    "8-x-5-queries": (8, 1, 5),
+    "16-queries": (2, 2, 16),
+    "9-x-16-queries": (9, 1, 16),
+}
+
+
+@every_dtype
+@table("heads_q, heads_kv, seqlen_q", GROUPS)
+def test_groups(version, dtype, heads_q, heads_kv, seqlen_q, device):
+    """Rows of one tile, or of several, that are mixed up; rows that fill a tile up and are none; lengths 0, 1, < Sq."""
+    case = Case(4, heads_q, heads_kv, seqlen_q, seqlen_k=75, head_dim=32, lengths_k=(75, 0, 1, 40))
+    check(version, case, dtype, device, tiles=small_tiles(version), num_splits=3)
+
+
+@every_dtype
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@table("heads_q, heads_kv, seqlen_q", {name: GROUPS[name] for name in ("3", "8-x-5-queries")})
+def test_groups_in_own_tiles(version, dtype, head_dim, heads_q, heads_kv, seqlen_q, device):
+    """The tiles that a version chooses for each head dimension, and its own number of splits."""
+    case = Case(2, heads_q, heads_kv, seqlen_q, seqlen_k=300, head_dim=head_dim, lengths_k=(300, 129))
+    check(version, case, dtype, device)
+
+
+@every_version
+@pytest.mark.parametrize("num_splits", [1, 4])
+def test_nan_in_keys_that_a_query_does_not_see(version, num_splits, device):
+    """The causal mask of several queries: the first does not see what came after it, even NaN."""
+    case = Case(2, 4, 2, seqlen_q=3, seqlen_k=70, head_dim=32, lengths_k=(70, 35))
+    q, k, v = case.tensors("fp16", device)
+    arguments = case.options(device) | {"num_splits": num_splits, "tiles": small_tiles(version)}
+    clean = call(version, q, k, v, **arguments)
+    for b, length in enumerate(case.lengths_k):
+        k[b, :, length - 1 :] = v[b, :, length:] = math.nan
+    out = call(version, q, k, v, **arguments)
+    assert torch.equal(out[:, :, :2], clean[:, :, :2]) and out[:, :, 2].isnan().all()
+
+
 @every_dtype
 @pytest.mark.parametrize("num_splits", [1, 2, 3, 5, 34])
 def test_splits(version, num_splits, dtype, device):
@@ -66,7 +118,39 @@ def test_more_splits_than_the_merge_takes_at_once(version, device):
 
 
 @every_version
-@table("case", {"tails": Case(1, 2, 2, 1, 75, 59), "lengths": Case(2, 2, 1, 1, 130, 40, lengths_k=(130, 35))})
+def test_calls_leave_nothing_behind(version, device):
+    """Counters and scratch that a call leaves to the next one, which may have more heads, fewer splits, other rows."""
+    cases = [Case(2, 4, 2, seqlen_k=75), Case(3, 2, 2, seqlen_k=40, head_dim=32), Case(2, 4, 2, seqlen_k=75)]
+    for splits in (5, 2, 1):
+        for case in cases:
+            check(version, case, "fp16", device, tiles=small_tiles(version), num_splits=splits)
+
+
+@every_version
+@pytest.mark.parametrize("shards", [2, 3, 8])
+def test_shards_merge_into_the_whole(version, shards, device):
+    """A cache held in several places: each attended alone, merged by common.merge, with one shard that has no keys."""
+    q, k, v = Case(2, 4, 2, seqlen_k=150, head_dim=32).tensors("fp32", device)
+    cuts = [0, *range(20, 150, 130 // shards)][:shards] + [150]
+    cuts[1] = cuts[0]
+    parts = [
+        call(version, q, k[:, :, start:end], v[:, :, start:end], return_lse=True)
+        for start, end in zip(cuts, cuts[1:], strict=False)
+    ]
+    outs, lses = (torch.stack(part) for part in zip(*parts, strict=True))
+    out, lse = merge(outs, lses)
+    assert_close(out, q, k, v, "fp32", limit=FINEST["fp32"], lse=lse)
+
+
+TIGHT = {
+    "tails": Case(1, 2, 2, 1, 75, 59),
+    "lengths": Case(2, 2, 1, 1, 130, 40, lengths_k=(130, 35)),
+    "queries": Case(2, 6, 2, 3, 75, 24, lengths_k=(2, 75)),
+}
+
+
+@every_version
+@table("case", TIGHT)
 def test_touches_its_own_memory_alone(version, case, device, own_memory_alone):
     """Loads past the end of a tensor: invisible until nothing lies there."""
     check(version, vary(case, layout="bhsd"), "fp16", device, tiles=small_tiles(version), num_splits=3)
@@ -149,6 +233,44 @@ ZERO_SIZE = {
 def test_zero_size(version, num_splits, case, device):
     """Empty tensors: divisions by a count of 0, empty grids, an output that nobody writes."""
     check(version, vary(case, layout="bhsd"), "fp16", device, num_splits=num_splits)
+
+
+@needs_gpu
+@every_version
+@table("case", {"one-row": Case(2, 2, 2, 1, 4096, 64), "rows": Case(2, 16, 2, 3, 4096, 128)})
+def test_the_same_call_gives_the_same_bits(version, case, device):
+    """A merge that starts before all parts are there, or takes them in the order in which they came."""
+    q, k, v = case.tensors("fp16", device)
+    first = call(version, q, k, v, return_lse=True, num_splits=60)
+    for _ in range(300):
+        again = version.call(q, k, v, return_lse=True, num_splits=60)
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+@needs_gpu
+@every_version
+def test_replays_with_other_lengths(version, device):
+    """Captured steps follow lengths that change in place, and do not share counters when they run side by side."""
+    case = Case(2, 8, 2, seqlen_k=1000, head_dim=64)
+    q, k, v = case.tensors("fp16", device)
+    lengths = torch.tensor([1000, 1000], dtype=torch.int32, device=device)
+    version.call(q, k, v, seqlens_k=lengths, num_splits=9)
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    outs = []
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            outs.append(version.call(q, k, v, seqlens_k=lengths, num_splits=9))
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for given in ((1000, 1), (0, 999), (17, 512)):
+        lengths.copy_(torch.tensor(given, dtype=torch.int32))
+        torch.cuda.synchronize()
+        for _ in range(20):
+            for graph, stream in zip(graphs, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    graph.replay()
+        torch.cuda.synchronize()
+        for out in outs:
+            assert_close(out, q, k, v, "fp16", seqlens_k=lengths)
 
 
 @every_dtype
