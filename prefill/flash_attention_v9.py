@@ -1,0 +1,277 @@
+"""FlashAttention v9: the maximum can wait.
+
+Idea: the running maximum keeps exp2 in range, no more, and the one of the blocks before does as well. The sum of a
+  block, needed anyway, tells if it did: only a warp where it did not looks for the new one and does the block again.
+  So most blocks have no comparisons, no shuffles, and nothing to rescale (FlashAttention-4 leaves out the rescaling).
+Changed: the softmax of a block is common/lazy_softmax.py's, one piece of PTX with the branch in it; the maximum, and
+  alpha, are kept as each thread's, [rows, 4]. At head_dim 64 PV is waited for before the softmax: three groups overlap
+  each other, and 160 registers do not hold scores, p, and the p that PV reads.
+Expect: 132 of a block's 460 instructions go, and the wait for the maximum ahead of the first exponential. Leaving out
+  the maximum alone, wrongly, made v7 8 % faster, leaving out the rescaling 4 %: 10 % together at 8k, D=64 more.
+Limits: v7's. Scores that keep rising by more than 2^15 from block to block are worked out twice.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from common.exponent import scale_log2, turn_negative_scale
+from common.hopper import (
+    allocate_ring,
+    declines_on_hopper,
+    descriptor,
+    fill,
+    key_blocks,
+    masked,
+    refuse_on_hopper,
+    release,
+    skip,
+    tma_store,
+    wait_full,
+)
+from common.launch import Tiles, block_d, launch
+from common.lazy_softmax import columns_of, lazy_softmax, operand, rescaled
+from common.lineage import Requires, Version
+from common.problem import AttentionProblem
+from common.tile_table import MAX_HEADS, tile_table
+
+MW = gl.constexpr(64)  # rows of a warpgroup
+
+
+@gluon.jit
+def tile_of(table, t, heads_q, group, BM: gl.constexpr):
+    """Tile t of this program: batch, head, KV head, first row, first block of keys and one past the last."""
+    entry = table + ((t + 1) * gl.num_programs(0) + gl.program_id(0)) * 2
+    code = gl.load(entry)
+    blocks = gl.load(entry + 1)
+    off_h = (code >> 16) % heads_q
+    return (code >> 16) // heads_q, off_h, off_h // group, (code & 0xFFFF) * BM, blocks & 0xFFFF, blocks >> 16
+
+
+@gluon.jit
+def producer(descs, rings, table, heads_q, group, GROUPS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
+    q_desc, k_desc, v_desc = descs
+    q_ring, k_ring, v_ring = rings
+    i = 0  # number of the block of keys, over all tiles
+    for t in range(gl.load(table + gl.program_id(0) * 2)):
+        off_b, off_h, off_hk, start_m, lo, hi = tile_of(table, t, heads_q, group, GROUPS * MW)
+        for g in gl.static_range(GROUPS):
+            fill(q_ring, q_desc, [off_b, off_h, start_m + g * MW, 0], t * GROUPS + g, 2 * GROUPS)
+            if g == 0:
+                fill(k_ring, k_desc, [off_b, off_hk, (hi - 1) * BN, 0], i, STAGES)
+        for j in range(hi - 2, lo - 1, -1):
+            fill(k_ring, k_desc, [off_b, off_hk, j * BN, 0], i + 1, STAGES)
+            fill(v_ring, v_desc, [off_b, off_hk, (j + 1) * BN, 0], i, STAGES)
+            i += 1
+        fill(v_ring, v_desc, [off_b, off_hk, lo * BN, 0], i, STAGES)
+        i += 1
+
+
+@gluon.jit
+def step(
+    i_k, i_v, more, q, p, acc, m_i, l_i, zero, offs_m, start_n, k_ring, v_ring, sizes, scale_log2, MASK: gl.constexpr,
+    FIRST: gl.constexpr, OVERLAP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """QK^T of block i_k, PV of block i_v, the softmax of block i_k. Without `more` there is no i_k: only PV counts.
+
+    FIRST: block i_k is the first of the next tile, PV the last of this one.
+    """
+    BN: gl.constexpr = zero.shape[1]
+    HEAD_DIM: gl.constexpr = acc.shape[1]
+    wait_full(k_ring, i_k, STAGES, more)
+    k = k_ring[0].index(i_k % STAGES).reshape([BN, HEAD_DIM])
+    v = v_ring[0].index(i_v % STAGES).reshape([BN, HEAD_DIM])
+    p16 = operand(p, gl.DotOperandLayout(0, acc.type.layout, 2), v.dtype)
+    qk_pending = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    wait_full(v_ring, i_v, STAGES)
+    acc_pending = warpgroup_mma(p16, v, acc, is_async=True)
+    qk = warpgroup_mma_wait(1, deps=[qk_pending])
+    release(k_ring, i_k, STAGES, more)
+    if not OVERLAP:
+        acc, p16, qk = warpgroup_mma_wait(0, deps=[acc_pending, p16, qk])
+        release(v_ring, i_v, STAGES)
+    if MASK:
+        qk = masked(qk, offs_m, start_n, sizes)
+    p, sums, m_i, alpha = lazy_softmax(qk, m_i, scale_log2, v.dtype, FIRST)  # v9
+    if OVERLAP:
+        # The next V is needed next anyway. Its wait ends the basic block: ptxas would else hoist the wait for PV above
+        # the softmax, and nothing would overlap.
+        wait_full(v_ring, i_v + 1, STAGES, more)
+        acc, p16, p = warpgroup_mma_wait(0, deps=[acc_pending, p16, p])
+        release(v_ring, i_v, STAGES)
+        # Zero, which ptxas does not know: p has to be moved here, into the registers that PV has read until now. Left
+        # to choose, ptxas writes p into them right away and makes every product wait for the one before it.
+        p = p ^ (sizes[1] >> 31)
+    if FIRST:
+        return p, acc, m_i, sums
+    return p, rescaled(acc, alpha), m_i, l_i * alpha + sums
+
+
+@gluon.jit
+def consumer(
+    g: gl.constexpr, args, sizes, GUARD: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Rows g * 64 .. of every tile: softmax(Q K^T) V for one warpgroup, from the last block of keys to the first."""
+    o_desc, LSE, o_bufs, rings, table, heads_q, group, scale_log2 = args
+    Q_SLOTS: gl.constexpr = 2 * GROUPS
+    dtype: gl.constexpr = o_desc.dtype
+    OVERLAP: gl.constexpr = GROUPS == 2  # a group's own products and softmax
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    q_ring, k_ring, v_ring = rings
+    tiles = gl.load(table + gl.program_id(0) * 2)
+    rows = g * MW + gl.arange(0, MW, layout=gl.SliceLayout(1, S_LAYOUT))
+    zero = gl.zeros([MW, BN], gl.float32, S_LAYOUT)
+    m_none = gl.full([MW, 4], -float("inf"), gl.float32, columns_of(zero, 2)[0].type.layout)
+
+    # the first tile's first block has no tile before it to hide under
+    off_b, off_h, _, start_m, lo, tile_hi = tile_of(table, 0, heads_q, group, GROUPS * MW)
+    _, hi, whole = key_blocks(start_m + g * MW, sizes, MW, BN)
+    hi = gl.minimum(gl.maximum(hi, lo + 1), tile_hi)
+    i = tile_hi - hi  # number of the block of keys whose softmax is done last
+    wait_full(q_ring, g, Q_SLOTS)
+    skip(k_ring, 0, i, STAGES)
+    skip(v_ring, 0, i, STAGES)
+    wait_full(k_ring, i, STAGES)
+    q = q_ring[0].index(g).reshape([MW, HEAD_DIM])
+    k = k_ring[0].index(i % STAGES).reshape([BN, HEAD_DIM])
+    qk = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    qk = warpgroup_mma_wait(0, deps=[qk])
+    release(k_ring, i, STAGES)
+    qk = masked(qk, start_m + rows, (hi - 1) * BN, sizes)
+    p, l_i, m_i, _alpha = lazy_softmax(qk, m_none, scale_log2, dtype, True)
+    for t in range(tiles):
+        q = q_ring[0].index((t * GROUPS + g) % Q_SLOTS).reshape([MW, HEAD_DIM])
+        acc = gl.zeros([MW, HEAD_DIM], gl.float32, O_LAYOUT)
+        if GUARD:
+            whole = gl.maximum(whole, lo)
+            for j in range(hi - 2, whole - 1, -1):
+                p, acc, m_i, l_i = step(
+                    i + 1, i, True, q, p, acc, m_i, l_i, zero, start_m + rows, j * BN, k_ring, v_ring, sizes,
+                    scale_log2, True, False, OVERLAP, STAGES,
+                )  # fmt: skip
+                i += 1
+            hi = gl.minimum(hi, whole + 1)
+        for _j in range(hi - 2, lo - 1, -1):
+            p, acc, m_i, l_i = step(
+                i + 1, i, True, q, p, acc, m_i, l_i, zero, rows, 0, k_ring, v_ring, sizes, scale_log2, False, False,
+                OVERLAP, STAGES,
+            )  # fmt: skip
+            i += 1
+        # v7: the next tile's first block, under this tile's last PV; after the last tile it is a step without a block
+        more = t + 1 < tiles
+        next_b, next_h, _, next_m, next_lo, next_tile_hi = tile_of(table, t + 1, heads_q, group, GROUPS * MW)
+        _, next_hi, next_whole = key_blocks(next_m + g * MW, sizes, MW, BN)
+        next_hi = gl.minimum(gl.maximum(next_hi, next_lo + 1), next_tile_hi)
+        first = i + 1 + gl.where(more, next_tile_hi - next_hi, 0)
+        wait_full(q_ring, (t + 1) * GROUPS + g, Q_SLOTS, more)
+        skip(k_ring, i + 1, first, STAGES)
+        q = q_ring[0].index(((t + 1) * GROUPS + g) % Q_SLOTS).reshape([MW, HEAD_DIM])
+        p, acc, next_m_i, next_l_i = step(
+            first, i, more, q, p, acc, m_none, l_i, zero, next_m + rows, (next_hi - 1) * BN, k_ring, v_ring, sizes,
+            scale_log2, True, True, OVERLAP, STAGES,
+        )  # fmt: skip
+        skip(v_ring, i + 1, first, STAGES)
+        i = first
+        l_row = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S_LAYOUT))
+        acc = acc * gl.expand_dims(gl.convert_layout(1.0 / l_row, gl.SliceLayout(1, O_LAYOUT)), 1)
+        tma.store_wait(0)  # of the tile before: long done
+        o_bufs.index(g).reshape([MW, HEAD_DIM]).store(acc.to(dtype))
+        fence_async_shared()
+        tma_store(o_desc, [off_b, off_h, start_m + g * MW, 0], o_bufs.index(g))
+        release(q_ring, t * GROUPS + g, Q_SLOTS)
+        if LSE is not None:
+            lse = (gl.convert_layout(gl.max(m_i, 1), l_row.type.layout) + gl.log2(l_row)) * 0.6931471805599453
+            lse_ptrs = LSE + (off_b * heads_q + off_h).to(gl.int64) * sizes[0] + start_m + rows
+            gl.store(lse_ptrs, lse, mask=start_m + rows < sizes[0])
+        off_b, off_h, start_m, lo, hi, whole = next_b, next_h, next_m, next_lo, next_hi, next_whole
+        m_i, l_i = next_m_i, next_l_i
+    tma.store_wait(0)
+
+
+@gluon.jit
+def flash_attention_kernel(
+    q_desc, k_desc, v_desc, o_desc, LSE,  # [batch, heads, rows, HEAD_DIM]; float32 [batch, heads_q, seqlen_q] or None
+    table,  # int32: common/tile_table.py
+    heads_q, group, seqlen_q, seqlen_k, scale_log2, window_left, window_right,
+    GUARD: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    q_ring = allocate_ring(q_desc, 2 * GROUPS, 1)
+    rings = (q_ring, allocate_ring(k_desc, STAGES, GROUPS), allocate_ring(v_desc, STAGES, GROUPS))
+    o_bufs = gl.allocate_shared_memory(o_desc.dtype, [GROUPS] + o_desc.block_type.shape, o_desc.layout)
+    sizes = (seqlen_q, seqlen_k, window_left, window_right)
+    args = (o_desc, LSE, o_bufs, rings, table, heads_q, group, scale_log2)
+    descs = (q_desc, k_desc, v_desc)
+    if GROUPS == 2:
+        gl.warp_specialize([
+            (consumer, (0, args, sizes, GUARD, 2, HEAD_DIM, BLOCK_N, STAGES)),
+            (consumer, (1, args, sizes, GUARD, 2, HEAD_DIM, BLOCK_N, STAGES)),
+            (producer, (descs, rings, table, heads_q, group, 2, BLOCK_N, STAGES)),
+        ], [4, 1], [240, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consumer, (0, args, sizes, GUARD, 3, HEAD_DIM, BLOCK_N, STAGES)),
+            (consumer, (1, args, sizes, GUARD, 3, HEAD_DIM, BLOCK_N, STAGES)),
+            (consumer, (2, args, sizes, GUARD, 3, HEAD_DIM, BLOCK_N, STAGES)),
+            (producer, (descs, rings, table, heads_q, group, 3, BLOCK_N, STAGES)),
+        ], [4, 4, 1], [160, 160, 24])  # fmt: skip
+
+
+def tiles_for(problem: AttentionProblem) -> Tiles:
+    """Three groups at head_dim 64, where their registers suffice; two where rows are few, to fill the SMs evenly."""
+    if block_d(problem) > 64:
+        return Tiles(128, 128, 4, 2)
+    return Tiles(192 if problem.seqlen_q > 1024 else 128, 128, 4, 4)
+
+
+def declines(q, k, v, **kwargs):
+    """What v6 declines, wide heads, and more tiles than the table can name."""
+    batch, heads = (1, q.shape[1]) if q.ndim == 3 else q.shape[:2]
+    return _beyond(batch * heads, q.shape[-1]) or declines_on_hopper(q, k, v, **kwargs)
+
+
+def _beyond(heads, head_dim):
+    if head_dim > 128:
+        return f"takes head_dim up to 128, not {head_dim}"
+    return None if heads <= MAX_HEADS else f"takes up to {MAX_HEADS} heads over all sequences, not {heads}"
+
+
+def call_flash_attention_v9(
+    q, k, v, *, is_causal=False, scale=None, window=None, seqlens_q=None, seqlens_k=None, return_lse=False, out=None,
+    tiles=None,
+):  # fmt: skip
+    """Attention of q [B, Hq, Sq, D] over k, v [B, Hkv, Sk, D] (or [S, H, D] each), as prefill.flash_attention says."""
+    problem = AttentionProblem.prefill(
+        q, k, v, is_causal=is_causal, scale=scale, window=window, seqlens_q=seqlens_q, seqlens_k=seqlens_k,
+        return_lse=return_lse, out=out,
+    )  # fmt: skip
+    refuse_on_hopper(problem, _beyond(problem.batch * problem.heads_q, problem.head_dim))
+    turn_negative_scale(problem)
+    p, (BLOCK_M, BLOCK_N, num_warps, stages) = problem, tiles or tiles_for(problem)
+    width, groups = max(64, block_d(p)), BLOCK_M // 64
+    # no mask is a window to the right that reaches everything: one kernel for both, which ptxas fits into its registers
+    right = p.seqlen_q + p.seqlen_k if p.window_right is None else p.window_right
+    aligned = p.window_left is None and (p.window_right is None or (p.seqlen_k - p.seqlen_q + right) % BLOCK_N == 0)
+    table, programs = tile_table(p, BLOCK_M, BLOCK_N)
+    launch(
+        flash_attention_kernel, (programs,), p.q.device,
+        descriptor(p.q, 64, width), descriptor(p.k, BLOCK_N, width), descriptor(p.v, BLOCK_N, width),
+        descriptor(p.out, 64, width), p.lse, table, p.heads_q, p.group, p.seqlen_q, p.seqlen_k, scale_log2(p),
+        p.window_left, right, GUARD=not aligned, GROUPS=groups, HEAD_DIM=width, BLOCK_N=BLOCK_N, STAGES=stages,
+        num_warps=num_warps, maxnreg=168 if groups == 2 else 128,
+    )  # fmt: skip
+    return problem.result()
+
+
+VERSION = Version(
+    family="prefill", number=9, title="the maximum can wait",
+    idea="A block is worked out with the maximum of those before it; a warp whose sums grow too large does it again.",
+    parent=7, requires=Requires(capability=(9, 0), exactly=True, amd=False, interpreter=False),
+    call=call_flash_attention_v9, kernels=(flash_attention_kernel,), tiles=tiles_for, declines=declines,
+)  # fmt: skip
