@@ -36,6 +36,7 @@ import sys
 import threading
 import types
 
+import ptx
 import torch
 from triton.experimental.gluon import language as real_gl
 
@@ -804,7 +805,7 @@ def _store(pointer, value, mask=None, **_):
 
 
 def _inline_asm(asm, constraints, args, dtype, is_pure, pack):
-    """The two pieces of PTX that pack four 8-bit numbers into an int32 and take it for them again."""
+    """PTX: tests/ptx.py's, and what packs numbers of few bits into an int32 or takes it for them again."""
     tensors = [_raw(x) for x in args]
     rounding = re.search(r"cvt\.rn\.satfinite\.(e\dm\d)x2\.f32 \w+, \$2, \$1;.*\$4, \$3; mov", asm, re.DOTALL)
     if rounding and (dtype, pack, len(args)) == (real_gl.int32, 1, 4):
@@ -813,6 +814,10 @@ def _inline_asm(asm, constraints, args, dtype, is_pure, pack):
         return Value(torch.stack([x.clamp(-largest, largest).to(to) for x in tensors], -1).view(torch.int32)[..., 0])
     if asm == "mov.b32 $0, $1;" and (dtype, pack, tensors[0].dtype) == (real_gl.int8, 4, torch.int32):
         return Value(tensors[0][..., ::4].contiguous().view(torch.int8))
+    if asm == "mov.b32 $0, $1;" and (dtype, pack, tensors[0].dtype) == (real_gl.int16, 2, torch.int32):
+        return Value(tensors[0][..., ::2].contiguous().view(torch.int16))
+    if pack == 2 and tensors[0].shape[1:] == (4,):
+        return tuple(Value(x) for x in ptx.elementwise(asm, torch.broadcast_tensors(*tensors), len(dtype)))
     raise AttributeError(f"tests/gluon_emulator.py does not know this yet: {asm}")
 
 
