@@ -4,7 +4,8 @@ Idea: both products on the 8-bit tensor cores, at twice the rate, and P never le
   8-bit operand wants 4q .. 4q+3 in thread q of four; QK^T leaves columns 2q, 2q+1, 8+2q, 9+2q there. So K comes with
   its even keys first and its odd ones after them, and each of those columns is one of the keys that PV wants.
 Changed: K's TMA descriptor, which takes every other row; V^T, its keys contiguous, with v4's scales: those of Q and K
-  join the softmax's, V's comes at the end, P is times 256. Four numbers of P travel as one int32. head_dim up to 256.
+  join the softmax's, V's comes at the end, P is times 256. Four numbers of P travel as one int32. The output is
+  rescaled after PV, not before it, so that PV is issued right behind QK^T. head_dim up to 256.
 Expect: at D=128 both products of a 128 x 128 tile take the tensor cores 1024 cycles, and its exponentials 1056: 1.3 of
   that, which v7 needs of its bound, would be 1.5 times v4's FP8. At D=64 the exponentials bind v7 already: no faster.
 Limits: v7's, but for wide heads; FP8 alone. An odd number of keys, or rows that TMA cannot address, cost a copy.
@@ -137,8 +138,8 @@ def online_softmax(qk, m_i, l_i, scale_log2, GUARD: gl.constexpr):
 
 @gluon.jit
 def step(
-    i_k, i_v, more, q, p4, acc, m_i, l_i, alpha, zero, offs_m, start_n, k_ring, v_ring, sizes, scale_log2,
-    MASK: gl.constexpr, GUARD: gl.constexpr, STAGES: gl.constexpr,
+    i_k, i_v, more, q, p4, acc, m_i, l_i, zero, mask, offs_m, start_n, k_ring, v_ring, sizes, scale_log2,
+    GUARD: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """QK^T of block i_k, PV of block i_v, the softmax of block i_k. Without `more` there is no i_k: only PV counts."""
     BN: gl.constexpr = zero.shape[1]
@@ -149,20 +150,18 @@ def step(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 4)
     p8 = unpacked(p4, v.dtype, P_LAYOUT)
     qk_pending = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-    acc = warpgroup_mma_wait(1, deps=[acc])  # waits for nothing: keeps the rescaling below the issue of QK^T
     wait_full(v_ring, i_v, STAGES)
-    acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout)), 1)
     acc_pending = warpgroup_mma(p8, v.permute((1, 0)), acc, is_async=True)
     qk = warpgroup_mma_wait(1, deps=[qk_pending])
     release(k_ring, i_k, STAGES, more)
     qk = in_key_order(qk, P_LAYOUT)  # v8
-    if MASK:
+    if mask:
         qk = masked(qk, offs_m, start_n, sizes)
     p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, scale_log2, GUARD)
     # The next V is needed next anyway. Its wait ends the basic block: ptxas would else hoist the wait for PV above the
     # softmax, and nothing would overlap.
     wait_full(v_ring, i_v + 1, STAGES, more)
-    acc, p4, p = warpgroup_mma_wait(0, deps=[acc_pending, p4, p])
+    acc, p4, p = warpgroup_mma_wait(0, deps=[acc_pending, p4, p])  # p4 for p8, which it does not take: its registers
     release(v_ring, i_v, STAGES)
     return packed(p, v.dtype), acc, m_i, l_i, alpha
 
@@ -200,25 +199,20 @@ def consumer(
     qk = warpgroup_mma_wait(0, deps=[qk])
     release(k_ring, i, STAGES)
     qk = masked(in_key_order(qk, P_LAYOUT), start_m + rows, (hi - 1) * BN, sizes)
-    p, alpha, m_i, l_i = online_softmax(qk, m_none, l_none, scale, GUARD)
+    p, _, m_i, l_i = online_softmax(qk, m_none, l_none, scale, GUARD)
     p4 = packed(p, v_ring[0].dtype)
     for t in range(tiles):
         q = q_ring[0].index((t * GROUPS + g) % Q_SLOTS).reshape([MW, HEAD_DIM])
         acc = gl.zeros([MW, HEAD_DIM], gl.float32, O_LAYOUT)
-        if GUARD:
-            whole = gl.maximum(whole, lo)
-            for j in range(hi - 2, whole - 1, -1):
-                p4, acc, m_i, l_i, alpha = step(
-                    i + 1, i, True, q, p4, acc, m_i, l_i, alpha, zero, start_m + rows, j * BN, k_ring, v_ring, sizes,
-                    scale, True, True, STAGES,
-                )  # fmt: skip
-                i += 1
-            hi = gl.minimum(hi, whole + 1)
-        for _j in range(hi - 2, lo - 1, -1):
+        # One loop, with a branch around the mask. Of two, a masked one first, ptxas (CUDA 12.8) has the second use what
+        # the first computed of Q's address, and that is never computed where the first has no turn.
+        for j in range(hi - 2, lo - 1, -1):
+            mask = j >= whole if GUARD else False
             p4, acc, m_i, l_i, alpha = step(
-                i + 1, i, True, q, p4, acc, m_i, l_i, alpha, zero, rows, 0, k_ring, v_ring, sizes, scale, False, GUARD,
-                STAGES,
+                i + 1, i, True, q, p4, acc, m_i, l_i, zero, mask, start_m + rows, j * BN, k_ring, v_ring, sizes, scale,
+                GUARD, STAGES,
             )  # fmt: skip
+            acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT)), 1)
             i += 1
         # the next tile's first block, under this tile's last PV; after the last tile it is a step without a block
         release(q_ring, t * GROUPS + g, Q_SLOTS)
@@ -231,9 +225,9 @@ def consumer(
         wait_full(q_ring, (t + 1) * GROUPS + g, Q_SLOTS, more)
         skip(k_ring, i + 1, first, STAGES)
         q = q_ring[0].index(((t + 1) * GROUPS + g) % Q_SLOTS).reshape([MW, HEAD_DIM])
-        p4, acc, next_m_i, next_l_i, alpha = step(
-            first, i, more, q, p4, acc, m_none, l_none, alpha, zero, next_m + rows, (next_hi - 1) * BN, k_ring, v_ring,
-            sizes, next_scale, True, GUARD, STAGES,
+        p4, acc, next_m_i, next_l_i, _ = step(
+            first, i, more, q, p4, acc, m_none, l_none, zero, True, next_m + rows, (next_hi - 1) * BN, k_ring, v_ring,
+            sizes, next_scale, GUARD, STAGES,
         )  # fmt: skip
         skip(v_ring, i + 1, first, STAGES)
         i = first

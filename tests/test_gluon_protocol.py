@@ -109,7 +109,6 @@ HARMLESS = {
     ("v7", "step: without wait_full(v_ring, i_v + 1, STAGES, more)"): "as in v6",
     ("v7", "step: warpgroup_mma_wait(2, deps=[acc])"): "as in v6",
     ("v8", "step: without wait_full(v_ring, i_v + 1, STAGES, more)"): "as in v6",
-    ("v8", "step: warpgroup_mma_wait(2, deps=[acc])"): "as in v6",
     ("v8", "skip: without wait_full(ring, i, SLOTS)"): "as in v6",
 }
 
