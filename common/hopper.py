@@ -103,29 +103,34 @@ def masked(qk, offs_m, start_n, sizes):
     return gl.where(visible, qk, -float("inf"))
 
 
-@functools.cache
-def _layout(block: tuple, dtype: torch.dtype):
-    return gl.NVMMASharedLayout.get_default_for(list(block), GLUON_DTYPE[dtype])
-
-
 def descriptor(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
     """A TMA descriptor of x [B, H, S, D] for blocks of `rows` rows of one head, D padded to `width` with zeros.
 
     Loads past S or D give 0 and stores past them write nothing. Alignment as why_no_tma says.
     """
-    block = (1, 1, rows, width)
-    return TensorDescriptor(x, x.shape, _strides(x), list(block), _layout(block, x.dtype))
+    return _descriptor(x, (1, 1, rows, width))
 
 
 def even_odd_descriptor(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
     """The like for x [B, H, S, D], S even, as [B, H, 2, S / 2, D]: a block's even rows come before its odd ones."""
-    batch, heads, row, _ = _strides(x)
-    shape, block = [*x.shape[:2], 2, x.shape[2] // 2, x.shape[3]], (1, 1, 2, rows // 2, width)
-    return TensorDescriptor(x, shape, [batch, heads, row, 2 * row, 1], list(block), _layout(block, x.dtype))
+    return _descriptor(x, (1, 1, 2, rows // 2, width))
 
 
-def _strides(x: torch.Tensor) -> list[int]:
-    return [*(stride if size > 1 else 16 for stride, size in zip(x.stride()[:-1], x.shape, strict=False)), 1]
+def _descriptor(x: torch.Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+    found = object.__new__(TensorDescriptor)  # whose checks, made once, take as long as all else
+    found.__dict__ = _fields(x.shape, x.stride(), x.dtype, block) | {"base": x}
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _fields(shape: torch.Size, strides: tuple, dtype: torch.dtype, block: tuple) -> dict:
+    """What descriptors of tensors like that have in common."""
+    shape, strides = [*shape], [*(step if size > 1 else 16 for step, size in zip(strides, shape, strict=True))]
+    strides[-1] = 1
+    if len(block) == 5:
+        shape[2:3], strides[2:3] = [2, shape[2] // 2], [strides[2], 2 * strides[2]]
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), GLUON_DTYPE[dtype])
+    return vars(TensorDescriptor(torch.empty(0, dtype=dtype, device="meta"), shape, strides, list(block), layout))
 
 
 def for_tma(x: torch.Tensor, even_rows: bool = False) -> torch.Tensor:
@@ -142,11 +147,18 @@ def for_tma(x: torch.Tensor, even_rows: bool = False) -> torch.Tensor:
 def why_no_tma(*tensors: torch.Tensor) -> str | None:
     """One line on why TMA cannot address one of these [B, H, S, D] tensors; None where it can address all."""
     for x in tensors:
-        if x.numel() == 0:
-            return f"has no TMA descriptor for an empty tensor, {list(x.shape)}"
-        steps = [stride * x.itemsize for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
-        if x.data_ptr() % 16 or x.stride(-1) != 1 or any(step % 16 or step == 0 for step in steps):
-            return f"needs tensors that start and step in multiples of 16 bytes (TMA), not strides {list(x.stride())}"
+        if reason := _why_no_tma(x.shape, x.stride(), x.itemsize, x.data_ptr() % 16 == 0):
+            return reason
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _why_no_tma(shape: torch.Size, strides: tuple, itemsize: int, aligned: bool) -> str | None:
+    if 0 in shape:
+        return f"has no TMA descriptor for an empty tensor, {list(shape)}"
+    steps = [stride * itemsize for stride, size in zip(strides[:-1], shape, strict=False) if size > 1]
+    if not aligned or strides[-1] != 1 or any(step % 16 or step == 0 for step in steps):
+        return f"needs tensors that start and step in multiples of 16 bytes (TMA), not strides {list(strides)}"
     return None
 
 

@@ -211,14 +211,14 @@ class AttentionProblem:
                 value = 1.0 if descale is None else float(descale)
                 checked.append(torch.full((self.batch, h), value, dtype=torch.float32, device=self.q.device))
                 continue
-            if descale.numel() != 1 and descale.shape not in ((h,), (self.batch, h)):
-                shapes = f"one element, or shape [{h}] or [{self.batch}, {h}]"
-                raise ValueError(f"{name}: must have {shapes}, it has {list(descale.shape)}")
             if descale.device != self.q.device:
                 raise ValueError(f"{name}: is on {descale.device} and q on {self.q.device}; they must be on one device")
-            if descale.numel() == 1:
-                descale = descale.reshape(1, 1)
-            checked.append(descale.to(torch.float32).expand(self.batch, h).contiguous())
+            if descale.shape != (self.batch, h):
+                if descale.numel() != 1 and descale.shape != (h,):
+                    shapes = f"one element, or shape [{h}] or [{self.batch}, {h}]"
+                    raise ValueError(f"{name}: must have {shapes}, it has {list(descale.shape)}")
+                descale = (descale.reshape(1) if descale.numel() == 1 else descale).expand(self.batch, h)
+            checked.append((descale if descale.dtype is torch.float32 else descale.float()).contiguous())
         return tuple(checked)
 
     def _take_outputs(self, out, return_lse):
