@@ -54,14 +54,17 @@ def tile_of(table, t, heads_q, group, BM: gl.constexpr):
 
 
 @gluon.jit
-def producer(descs, rings, table, heads_q, group, GROUPS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
+def producer(
+    descs, rings, table, heads_q, group, GROUPS: gl.constexpr, Q_SLOTS: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
     q_desc, k_desc, v_desc = descs
     q_ring, k_ring, v_ring = rings
     i = 0  # number of the block of keys, over all tiles
     for t in range(gl.load(table + gl.program_id(0) * 2)):
         off_b, off_h, off_hk, start_m, lo, hi = tile_of(table, t, heads_q, group, GROUPS * MW)
         for g in gl.static_range(GROUPS):
-            fill(q_ring, q_desc, [off_b, off_h, start_m + g * MW, 0], t * GROUPS + g, 2 * GROUPS)
+            fill(q_ring, q_desc, [off_b, off_h, start_m + g * MW, 0], t * GROUPS + g, Q_SLOTS)
             if g == 0:
                 fill(k_ring, k_desc, [off_b, off_hk, (hi - 1) * BN, 0], i, STAGES)
         for j in range(hi - 2, lo - 1, -1):
@@ -70,6 +73,23 @@ def producer(descs, rings, table, heads_q, group, GROUPS: gl.constexpr, BN: gl.c
             i += 1
         fill(v_ring, v_desc, [off_b, off_hk, lo * BN, 0], i, STAGES)
         i += 1
+
+
+@gluon.jit
+def own_blocks(start_m, lo, tile_hi, sizes, BN: gl.constexpr):
+    """One past the last of the tile's blocks that a group's own rows see, and one past those that need no mask."""
+    _lo, hi, whole = key_blocks(start_m, sizes, MW, BN)
+    return gl.minimum(gl.maximum(hi, lo + 1), tile_hi), gl.maximum(whole, lo)
+
+
+@gluon.jit
+def quarters(acc):
+    """acc [rows, HEAD_DIM] as tensors [rows, 64]: their columns, in order."""
+    if acc.shape[1] == 64:
+        return (acc,)
+    else:
+        a, b = gl.split(acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute((0, 2, 1)))
+        return quarters(a) + quarters(b)
 
 
 @gluon.jit
@@ -114,13 +134,13 @@ def step(
 
 @gluon.jit
 def consumer(
-    g: gl.constexpr, args, sizes, GUARD: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr,
+    g: gl.constexpr, args, sizes, GUARD: gl.constexpr, GROUPS: gl.constexpr, Q_SLOTS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Rows g * 64 .. of every tile: softmax(Q K^T) V for one warpgroup, from the last block of keys to the first."""
     o_desc, LSE, o_bufs, rings, table, heads_q, group, scale_log2 = args
-    Q_SLOTS: gl.constexpr = 2 * GROUPS
     dtype: gl.constexpr = o_desc.dtype
+    O_SLOTS: gl.constexpr = min(2, HEAD_DIM // 64)
     OVERLAP: gl.constexpr = GROUPS == 2  # a group's own products and softmax
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -131,9 +151,8 @@ def consumer(
     m_none = gl.full([MW, 4], -float("inf"), gl.float32, columns_of(zero, 2)[0].type.layout)
 
     # the first tile's first block has no tile before it to hide under
-    off_b, off_h, _, start_m, lo, tile_hi = tile_of(table, 0, heads_q, group, GROUPS * MW)
-    _, hi, whole = key_blocks(start_m + g * MW, sizes, MW, BN)
-    hi = gl.minimum(gl.maximum(hi, lo + 1), tile_hi)
+    _b, _h, _hk, start_m, lo, tile_hi = tile_of(table, 0, heads_q, group, GROUPS * MW)
+    hi, whole = own_blocks(start_m + g * MW, lo, tile_hi, sizes, BN)
     i = tile_hi - hi  # number of the block of keys whose softmax is done last
     wait_full(q_ring, g, Q_SLOTS)
     skip(k_ring, 0, i, STAGES)
@@ -150,7 +169,6 @@ def consumer(
         q = q_ring[0].index((t * GROUPS + g) % Q_SLOTS).reshape([MW, HEAD_DIM])
         acc = gl.zeros([MW, HEAD_DIM], gl.float32, O_LAYOUT)
         if GUARD:
-            whole = gl.maximum(whole, lo)
             for j in range(hi - 2, whole - 1, -1):
                 p, acc, m_i, l_i = step(
                     i + 1, i, True, q, p, acc, m_i, l_i, zero, start_m + rows, j * BN, k_ring, v_ring, sizes,
@@ -164,34 +182,36 @@ def consumer(
                 OVERLAP, STAGES,
             )  # fmt: skip
             i += 1
-        # v7: the next tile's first block, under this tile's last PV; after the last tile it is a step without a block
+        # the next tile's first block, under this tile's last PV; after the last tile it is a step without a block
+        release(q_ring, t * GROUPS + g, Q_SLOTS)
         more = t + 1 < tiles
-        next_b, next_h, _, next_m, next_lo, next_tile_hi = tile_of(table, t + 1, heads_q, group, GROUPS * MW)
-        _, next_hi, next_whole = key_blocks(next_m + g * MW, sizes, MW, BN)
-        next_hi = gl.minimum(gl.maximum(next_hi, next_lo + 1), next_tile_hi)
-        first = i + 1 + gl.where(more, next_tile_hi - next_hi, 0)
+        _b, _h, _hk, next_m, next_lo, tile_hi = tile_of(table, t + 1, heads_q, group, GROUPS * MW)
+        next_hi, next_whole = own_blocks(next_m + g * MW, next_lo, tile_hi, sizes, BN)
+        first = i + 1 + gl.where(more, tile_hi - next_hi, 0)
         wait_full(q_ring, (t + 1) * GROUPS + g, Q_SLOTS, more)
         skip(k_ring, i + 1, first, STAGES)
         q = q_ring[0].index(((t + 1) * GROUPS + g) % Q_SLOTS).reshape([MW, HEAD_DIM])
         p, acc, next_m_i, next_l_i = step(
             first, i, more, q, p, acc, m_none, l_i, zero, next_m + rows, (next_hi - 1) * BN, k_ring, v_ring, sizes,
-            scale_log2, True, True, OVERLAP, STAGES,
+            scale_log2, True, True, OVERLAP and HEAD_DIM < 256, STAGES,
         )  # fmt: skip
         skip(v_ring, i + 1, first, STAGES)
         i = first
         l_row = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S_LAYOUT))
         acc = acc * gl.expand_dims(gl.convert_layout(1.0 / l_row, gl.SliceLayout(1, O_LAYOUT)), 1)
-        tma.store_wait(0)  # of the tile before: long done
-        o_bufs.index(g).reshape([MW, HEAD_DIM]).store(acc.to(dtype))
-        fence_async_shared()
-        tma_store(o_desc, [off_b, off_h, start_m + g * MW, 0], o_bufs.index(g))
-        release(q_ring, t * GROUPS + g, Q_SLOTS)
+        off_b, off_h, _hk, start_m, _lo, _hi = tile_of(table, t, heads_q, group, GROUPS * MW)
+        parts = quarters(acc)
+        for c in gl.static_range(HEAD_DIM // 64):
+            o_buf = o_bufs.index(g * O_SLOTS + c % O_SLOTS)
+            tma.store_wait(O_SLOTS - 1)  # the store that read this buffer
+            o_buf.reshape([MW, 64]).store(parts[c].to(dtype))
+            fence_async_shared()
+            tma_store(o_desc, [off_b, off_h, start_m + g * MW, c * 64], o_buf)
         if LSE is not None:
             lse = (gl.convert_layout(gl.max(m_i, 1), l_row.type.layout) + gl.log2(l_row)) * 0.6931471805599453
             lse_ptrs = LSE + (off_b * heads_q + off_h).to(gl.int64) * sizes[0] + start_m + rows
             gl.store(lse_ptrs, lse, mask=start_m + rows < sizes[0])
-        off_b, off_h, start_m, lo, hi, whole = next_b, next_h, next_m, next_lo, next_hi, next_whole
-        m_i, l_i = next_m_i, next_l_i
+        start_m, lo, hi, whole, m_i, l_i = next_m, next_lo, next_hi, next_whole, next_m_i, next_l_i
     tma.store_wait(0)
 
 
@@ -200,45 +220,45 @@ def flash_attention_kernel(
     q_desc, k_desc, v_desc, o_desc, LSE,  # [batch, heads, rows, HEAD_DIM]; float32 [batch, heads_q, seqlen_q] or None
     table,  # int32: common/tile_table.py
     heads_q, group, seqlen_q, seqlen_k, scale_log2, window_left, window_right,
-    GUARD: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    GUARD: gl.constexpr, GROUPS: gl.constexpr, Q_SLOTS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    q_ring = allocate_ring(q_desc, 2 * GROUPS, 1)
+    O_SLOTS: gl.constexpr = min(2, HEAD_DIM // 64)
+    q_ring = allocate_ring(q_desc, Q_SLOTS, 1)
     rings = (q_ring, allocate_ring(k_desc, STAGES, GROUPS), allocate_ring(v_desc, STAGES, GROUPS))
-    o_bufs = gl.allocate_shared_memory(o_desc.dtype, [GROUPS] + o_desc.block_type.shape, o_desc.layout)
+    o_bufs = gl.allocate_shared_memory(o_desc.dtype, [O_SLOTS * GROUPS] + o_desc.block_type.shape, o_desc.layout)
     sizes = (seqlen_q, seqlen_k, window_left, window_right)
     args = (o_desc, LSE, o_bufs, rings, table, heads_q, group, scale_log2)
     descs = (q_desc, k_desc, v_desc)
     if GROUPS == 2:
         gl.warp_specialize([
-            (consumer, (0, args, sizes, GUARD, 2, HEAD_DIM, BLOCK_N, STAGES)),
-            (consumer, (1, args, sizes, GUARD, 2, HEAD_DIM, BLOCK_N, STAGES)),
-            (producer, (descs, rings, table, heads_q, group, 2, BLOCK_N, STAGES)),
+            (consumer, (0, args, sizes, GUARD, 2, Q_SLOTS, HEAD_DIM, BLOCK_N, STAGES)),
+            (consumer, (1, args, sizes, GUARD, 2, Q_SLOTS, HEAD_DIM, BLOCK_N, STAGES)),
+            (producer, (descs, rings, table, heads_q, group, 2, Q_SLOTS, BLOCK_N, STAGES)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consumer, (0, args, sizes, GUARD, 3, HEAD_DIM, BLOCK_N, STAGES)),
-            (consumer, (1, args, sizes, GUARD, 3, HEAD_DIM, BLOCK_N, STAGES)),
-            (consumer, (2, args, sizes, GUARD, 3, HEAD_DIM, BLOCK_N, STAGES)),
-            (producer, (descs, rings, table, heads_q, group, 3, BLOCK_N, STAGES)),
+            (consumer, (0, args, sizes, GUARD, 3, Q_SLOTS, HEAD_DIM, BLOCK_N, STAGES)),
+            (consumer, (1, args, sizes, GUARD, 3, Q_SLOTS, HEAD_DIM, BLOCK_N, STAGES)),
+            (consumer, (2, args, sizes, GUARD, 3, Q_SLOTS, HEAD_DIM, BLOCK_N, STAGES)),
+            (producer, (descs, rings, table, heads_q, group, 3, Q_SLOTS, BLOCK_N, STAGES)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
 def tiles_for(problem: AttentionProblem) -> Tiles:
     """Three groups at head_dim 64, where their registers suffice; two where rows are few, to fill the SMs evenly."""
     if block_d(problem) > 64:
-        return Tiles(128, 128, 4, 2)
+        return Tiles(128, 128 if block_d(problem) == 128 else 64, 4, 2)
     return Tiles(192 if problem.seqlen_q > 1024 else 128, 128, 4, 4)
 
 
 def declines(q, k, v, **kwargs):
-    """What v6 declines, wide heads, and more tiles than the table can name."""
+    """What v6 declines, and more tiles than the table can name."""
     batch, heads = (1, q.shape[1]) if q.ndim == 3 else q.shape[:2]
-    return _beyond(batch * heads, q.shape[-1]) or declines_on_hopper(q, k, v, **kwargs)
+    return _beyond(batch * heads) or declines_on_hopper(q, k, v, **kwargs)
 
 
-def _beyond(heads, head_dim):
-    if head_dim > 128:
-        return f"takes head_dim up to 128, not {head_dim}"
+def _beyond(heads):
     return None if heads <= MAX_HEADS else f"takes up to {MAX_HEADS} heads over all sequences, not {heads}"
 
 
@@ -251,20 +271,22 @@ def call_flash_attention_v9(
         q, k, v, is_causal=is_causal, scale=scale, window=window, seqlens_q=seqlens_q, seqlens_k=seqlens_k,
         return_lse=return_lse, out=out,
     )  # fmt: skip
-    refuse_on_hopper(problem, _beyond(problem.batch * problem.heads_q, problem.head_dim))
+    refuse_on_hopper(problem, _beyond(problem.batch * problem.heads_q))
     turn_negative_scale(problem)
     p, (BLOCK_M, BLOCK_N, num_warps, stages) = problem, tiles or tiles_for(problem)
     width, groups = max(64, block_d(p)), BLOCK_M // 64
     # no mask is a window to the right that reaches everything: one kernel for both, which ptxas fits into its registers
     right = p.seqlen_q + p.seqlen_k if p.window_right is None else p.window_right
     aligned = p.window_left is None and (p.window_right is None or (p.seqlen_k - p.seqlen_q + right) % BLOCK_N == 0)
+    fits = width * (2 * BLOCK_M + 2 * BLOCK_N * stages) + 128 * BLOCK_M <= 113 * 1024  # Q twice; in 16-bit numbers
     table, programs = tile_table(p, BLOCK_M, BLOCK_N)
     launch(
         flash_attention_kernel, (programs,), p.q.device,
         descriptor(p.q, 64, width), descriptor(p.k, BLOCK_N, width), descriptor(p.v, BLOCK_N, width),
-        descriptor(p.out, 64, width), p.lse, table, p.heads_q, p.group, p.seqlen_q, p.seqlen_k, scale_log2(p),
-        p.window_left, right, GUARD=not aligned, GROUPS=groups, HEAD_DIM=width, BLOCK_N=BLOCK_N, STAGES=stages,
-        num_warps=num_warps, maxnreg=168 if groups == 2 else 128,
+        descriptor(p.out, 64, 64), p.lse, table, p.heads_q, p.group, p.seqlen_q, p.seqlen_k, scale_log2(p),
+        p.window_left, right, GUARD=not aligned, GROUPS=groups,
+        Q_SLOTS=groups * (2 if fits else 1), HEAD_DIM=width, BLOCK_N=BLOCK_N, STAGES=stages, num_warps=num_warps,
+        maxnreg=168 if groups == 2 else 128,
     )  # fmt: skip
     return problem.result()
 

@@ -4,7 +4,6 @@ As much of PTX as they use: straight lines, and a branch forward to the end that
 """
 
 import functools
-import operator
 import re
 
 import numpy as np
