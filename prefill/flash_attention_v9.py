@@ -94,7 +94,7 @@ def quarters(acc):
 
 @gluon.jit
 def step(
-    i_k, i_v, more, q, p, acc, m_i, l_i, zero, offs_m, start_n, k_ring, v_ring, sizes, scale_log2, MASK: gl.constexpr,
+    i_k, i_v, more, q, p, acc, m_i, l_i, zero, mask, offs_m, start_n, k_ring, v_ring, sizes, scale_log2,
     FIRST: gl.constexpr, OVERLAP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """QK^T of block i_k, PV of block i_v, the softmax of block i_k. Without `more` there is no i_k: only PV counts.
@@ -115,7 +115,7 @@ def step(
     if not OVERLAP:
         acc, p16, qk = warpgroup_mma_wait(0, deps=[acc_pending, p16, qk])
         release(v_ring, i_v, STAGES)
-    if MASK:
+    if mask:
         qk = masked(qk, offs_m, start_n, sizes)
     p, sums, m_i, alpha = lazy_softmax(qk, m_i, scale_log2, v.dtype, FIRST)  # v9
     if OVERLAP:
@@ -168,18 +168,11 @@ def consumer(
     for t in range(tiles):
         q = q_ring[0].index((t * GROUPS + g) % Q_SLOTS).reshape([MW, HEAD_DIM])
         acc = gl.zeros([MW, HEAD_DIM], gl.float32, O_LAYOUT)
-        if GUARD:
-            for j in range(hi - 2, whole - 1, -1):
-                p, acc, m_i, l_i = step(
-                    i + 1, i, True, q, p, acc, m_i, l_i, zero, start_m + rows, j * BN, k_ring, v_ring, sizes,
-                    scale_log2, True, False, OVERLAP, STAGES,
-                )  # fmt: skip
-                i += 1
-            hi = gl.minimum(hi, whole + 1)
-        for _j in range(hi - 2, lo - 1, -1):
+        for j in range(hi - 2, lo - 1, -1):
+            mask = j >= whole if GUARD else False
             p, acc, m_i, l_i = step(
-                i + 1, i, True, q, p, acc, m_i, l_i, zero, rows, 0, k_ring, v_ring, sizes, scale_log2, False, False,
-                OVERLAP, STAGES,
+                i + 1, i, True, q, p, acc, m_i, l_i, zero, mask, start_m + rows, j * BN, k_ring, v_ring, sizes,
+                scale_log2, False, OVERLAP, STAGES,
             )  # fmt: skip
             i += 1
         # the next tile's first block, under this tile's last PV; after the last tile it is a step without a block
@@ -192,8 +185,8 @@ def consumer(
         skip(k_ring, i + 1, first, STAGES)
         q = q_ring[0].index(((t + 1) * GROUPS + g) % Q_SLOTS).reshape([MW, HEAD_DIM])
         p, acc, next_m_i, next_l_i = step(
-            first, i, more, q, p, acc, m_none, l_i, zero, next_m + rows, (next_hi - 1) * BN, k_ring, v_ring, sizes,
-            scale_log2, True, True, OVERLAP and HEAD_DIM < 256, STAGES,
+            first, i, more, q, p, acc, m_none, l_i, zero, True, next_m + rows, (next_hi - 1) * BN, k_ring, v_ring,
+            sizes, scale_log2, True, OVERLAP and HEAD_DIM < 256, STAGES,
         )  # fmt: skip
         skip(v_ring, i + 1, first, STAGES)
         i = first
