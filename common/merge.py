@@ -24,14 +24,38 @@ def merge_step(acc, m_i, l_i, outs, lses):
 
 
 @triton.jit
-def merge_rows_step(acc, m_i, l_i, outs, lses):
-    """merge_step for some rows at a time: outs [PARTS, ROWS, BLOCK_D], lses [PARTS, ROWS] into acc [ROWS, BLOCK_D]."""
-    m_new = tl.maximum(m_i, tl.max(lses, 0))
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    alpha = tl.exp(m_i - m_safe)
-    weights = tl.exp(lses - m_safe[None, :])
-    acc = acc * alpha[:, None] + tl.sum(weights[:, :, None] * outs, 0)
-    return acc, m_new, l_i * alpha + tl.sum(weights, 0)
+def merge_parts(
+    Outs, LSEs, offs_m, rows, num_parts,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, LSES: tl.constexpr = 64,
+):  # fmt: skip
+    """Output [ROWS, BLOCK_D] and LSE [ROWS] of rows offs_m: all parts, Outs float32 [num_parts, rows, HEAD_DIM], LSEs
+    [num_parts, rows], in an order that depends on num_parts and PARTS alone.
+
+    The largest LSE comes first, LSES parts at a time; then PARTS running sums need neither rescaling nor each other.
+    """
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_s = tl.arange(0, LSES)[:, None]
+    m_i = tl.full([ROWS], float("-inf"), tl.float32)
+    for start in range(0, num_parts, LSES):
+        mask = (start + offs_s < num_parts) & (offs_m < rows)[None, :]
+        lses_ptrs = LSEs + (start + offs_s).to(tl.int64) * rows + offs_m[None, :]
+        m_i = tl.maximum(m_i, tl.max(tl.load(lses_ptrs, mask=mask, other=float("-inf")), 0))
+    m_safe = tl.where(m_i == float("-inf"), 0.0, m_i)  # no part has a key: exp(-inf), not exp(-inf + inf)
+
+    part = tl.arange(0, PARTS)[:, None] * rows + offs_m[None, :]  # [PARTS, ROWS]
+    outs_offsets = part[:, :, None] * HEAD_DIM + offs_d[None, None, :]  # [PARTS, ROWS, BLOCK_D]
+    l_i = tl.zeros([PARTS, ROWS], tl.float32)
+    acc = tl.zeros([PARTS, ROWS, BLOCK_D], tl.float32)
+    for start in tl.range(0, num_parts, PARTS, num_stages=3):
+        mask = (start + tl.arange(0, PARTS) < num_parts)[:, None] & (offs_m < rows)[None, :]
+        mask_d = mask[:, :, None] & (offs_d < HEAD_DIM)[None, None, :]
+        weights = tl.exp(tl.load(LSEs + part, mask=mask, other=float("-inf")) - m_safe[None, :])
+        acc += weights[:, :, None] * tl.load(Outs + outs_offsets, mask=mask_d, other=0.0)
+        l_i += weights
+        Outs += PARTS * rows * HEAD_DIM
+        LSEs += PARTS * rows
+    l_sum = tl.sum(l_i, 0)
+    return tl.where(l_sum == 0.0, 0.0, 1.0 / l_sum)[:, None] * tl.sum(acc, 0), m_i + tl.log(l_sum)
 
 
 def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

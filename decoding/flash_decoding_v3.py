@@ -17,7 +17,7 @@ from common.hardware import detect_gpu
 from common.launch import Tiles, block_d, cdiv, launch, tuned_tiles
 from common.lineage import Requires, Version
 from common.masking import sequence_lengths
-from common.merge import merge_rows_step
+from common.merge import merge_parts
 from common.problem import AttentionProblem
 from common.schedule import splits_of_whole_waves
 from common.tickets import tickets
@@ -117,33 +117,8 @@ def split_kernel(
             tl.store(Tickets + tl.program_id(0), 0)  # for the next call
             for start in range(start_m, tl.minimum(start_m + BLOCK_M, rows), ROWS):
                 offs_r = start + tl.arange(0, ROWS)
-                merged, lses = merged_splits(
-                    Parts, PartLSE, offs_r, rows, num_splits, HEAD_DIM, BLOCK_D, ROWS, PARTS
-                )
-                store_rows(Out, LSE, merged, lses, offs_r, rows, seqlen_q, stride_o, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit
-def merged_splits(
-    Parts, PartLSE, offs_m, rows, num_splits,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Output [ROWS, BLOCK_D] and LSE [ROWS] of rows offs_m, from all splits in their order, whoever came when."""
-    offs_d = tl.arange(0, BLOCK_D)
-    part = tl.arange(0, PARTS)[:, None] * rows + offs_m[None, :]  # [PARTS, ROWS]
-    outs_offsets = part[:, :, None] * HEAD_DIM + offs_d[None, None, :]  # [PARTS, ROWS, BLOCK_D]
-    m_i = tl.full([ROWS], float("-inf"), tl.float32)
-    l_i = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for start in tl.range(0, num_splits, PARTS, num_stages=3):
-        mask = (start + tl.arange(0, PARTS) < num_splits)[:, None] & (offs_m < rows)[None, :]
-        mask_d = mask[:, :, None] & (offs_d < HEAD_DIM)[None, None, :]
-        lses = tl.load(PartLSE + part, mask=mask, other=float("-inf"))
-        outs = tl.load(Parts + outs_offsets, mask=mask_d, other=0.0)
-        acc, m_i, l_i = merge_rows_step(acc, m_i, l_i, outs, lses)
-        Parts += PARTS * rows * HEAD_DIM
-        PartLSE += PARTS * rows
-    return tl.where(l_i == 0.0, 0.0, 1.0 / l_i)[:, None] * acc, m_i + tl.log(l_i)
+                whole, lses = merge_parts(Parts, PartLSE, offs_r, rows, num_splits, HEAD_DIM, BLOCK_D, ROWS, PARTS)
+                store_rows(Out, LSE, whole, lses, offs_r, rows, seqlen_q, stride_o, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -171,6 +146,12 @@ def tiles_for(problem: AttentionProblem) -> Tiles:
 
 def has_large_shared_memory(problem: AttentionProblem) -> bool:
     return detect_gpu(problem.q.device).shared_memory >= 160 * 1024
+
+
+def has_register_limit(problem: AttentionProblem) -> bool:
+    """On NVIDIA's GPUs, but for those of sm_100, where the compiler needs none, and spills with one."""
+    gpu = detect_gpu(problem.q.device)
+    return gpu.backend == "cuda" and gpu.arch != "sm_100"
 
 
 def rows_of_a_tile(problem: AttentionProblem, least: int) -> int:
@@ -203,8 +184,7 @@ def call_flash_decoding_v3(
         size = p.batch * p.heads_kv * splits * rows * (p.head_dim + 1)
         parts = torch.empty(size, dtype=torch.float32, device=p.q.device)
     rows_merged = min(MERGE_WIDTH // width, 1 << (rows - 1).bit_length())
-    on_cuda = detect_gpu(p.q.device).backend == "cuda"
-    limit = {"maxnreg": REGISTERS} if block_m == 16 and num_warps == 4 and on_cuda else {}
+    limit = {"maxnreg": REGISTERS} if block_m == 16 and num_warps == 4 and has_register_limit(p) else {}
     launch(
         split_kernel, (programs, splits), p.q.device, p.q, p.k, p.v, p.out, p.lse, parts,
         tickets(programs, p.q.device), p.seqlens_k, p.q.stride(), p.k.stride(), p.v.stride(), p.out.stride(),

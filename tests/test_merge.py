@@ -11,7 +11,7 @@ from attention_checks import relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.merge import merge, merge_step
+from common.merge import merge, merge_parts, merge_step
 
 
 def make_parts(seed: int, counts: tuple, scale: float = 1.0, rows: int = 3, dim: int = 5):
@@ -130,4 +130,30 @@ def test_merge_step_does_the_same_in_a_kernel(counts, scale, device):
     outs, lses, wanted, wanted_lse = make_parts(3, counts, scale)
     out, lse = torch.full((3, 5), math.nan, device=device), torch.full((3,), math.nan, device=device)
     merge_kernel[(3,)](outs.to(device), lses.to(device), out, lse, len(counts), DIM=5, BLOCK_D=16, PARTS=4)
+    assert_merged(out.cpu(), lse.cpu(), wanted, wanted_lse)
+
+
+@triton.jit
+def merge_rows_kernel(
+    Outs, LSEs, Out, LSE, rows, parts, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """ROWS rows of outs [parts, rows, DIM], lses [parts, rows] for each program."""
+    offs_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    offs_d = tl.arange(0, BLOCK_D)
+    out, lse = merge_parts(Outs, LSEs, offs_m, rows, parts, DIM, BLOCK_D, ROWS, PARTS, LSES=4)
+    mask = (offs_m < rows)[:, None] & (offs_d < DIM)[None, :]
+    tl.store(Out + offs_m[:, None] * DIM + offs_d[None, :], out, mask=mask)
+    tl.store(LSE + offs_m, lse, mask=offs_m < rows)
+
+
+@pytest.mark.parametrize("counts", [(5,), (0, 0, 0), (0, 4), (4, 0), (3,) * 9, (0, 0, 0, 0, 2, 0)], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 40.0])
+@pytest.mark.parametrize("rows_at_once", [1, 2, 4])
+def test_merge_parts_does_the_same_in_a_kernel(counts, scale, rows_at_once, device):
+    """Rows and parts that do not fill a step; a largest LSE in any of several steps, or none at all."""
+    outs, lses, wanted, wanted_lse = make_parts(4, counts, scale)
+    out, lse = torch.full((3, 5), math.nan, device=device), torch.full((3,), math.nan, device=device)
+    merge_rows_kernel[(triton.cdiv(3, rows_at_once),)](
+        outs.to(device), lses.to(device), out, lse, 3, len(counts), DIM=5, BLOCK_D=16, ROWS=rows_at_once, PARTS=2
+    )
     assert_merged(out.cpu(), lse.cpu(), wanted, wanted_lse)
