@@ -14,14 +14,19 @@ from triton.experimental.gluon import language as gl
 
 @gluon.constexpr_function
 def p_shift(dtype):
-    """log2 of what p is multiplied with: e4m3 holds 2^-9 to 448, of which 8 leaves some on both sides of a 1."""
-    return 0.0 if dtype.primitive_bitwidth == 16 else 3.0
+    """log2 of what p is multiplied with. e4m3 holds 2^-9 to 448: below a 1 there is room for what a sink leaves of the
+    others, above it for scores beyond the maximum that is known.
+    """
+    return 0.0 if dtype.primitive_bitwidth == 16 else 5.0
 
 
 @gluon.constexpr_function
 def largest_sum(dtype):
-    """Of one thread's part of a row and block. p is less: float16 holds it, or e4m3 does."""
-    return 2.0**15 if dtype.primitive_bitwidth == 16 else 448.0
+    """What a sum may reach: every p is less, and float16 or 8 bits hold that. In 16 bits it is the sum of all that a
+    thread has of a row, in 8 bits of 8 numbers at a time: 8 times 2^p_shift is below 448, and a row of equal scores
+    is nothing special.
+    """
+    return {"fp16": 2.0**15, "bf16": 2.0**15, "fp8e4nv": 448.0, "fp8e5": 2.0**15}[str(dtype)]
 
 
 @gluon.constexpr_function
@@ -42,7 +47,8 @@ def softmax_ptx(groups, dtype, first):
     scores = [operand(groups + 3 + k) for k in range(per * groups)]
     m_old, scale = operand((per + 1) * groups + 3), operand((per + 1) * groups + 4)[0]
     column = [[f"x{g}_{c}" for c in range(per)] for g in range(groups)]
-    lines = [f".reg .f32 {', '.join(sum(column, []))}, base, top, other;", ".reg .b16 low, high;", ".reg .pred far;"]
+    lines = [f".reg .f32 {', '.join(sum(column, []))}, base, top, other, peak0, peak1;"]
+    lines += [".reg .b16 low, high;", ".reg .pred far;"]
 
     def block(r):
         """p and its sum, with `base` as what the maximum, and the shift, add to an exponent."""
@@ -61,9 +67,16 @@ def softmax_ptx(groups, dtype, first):
             lines.append(f"add.f32 {x[0]}, {x[0]}, {x[1]};")
             if per == 4:
                 lines.append(f"add.f32 {x[0]}, {x[0]}, {x[2]};")
-        for g in range(1, groups):
-            lines.append(f"add.f32 {column[0][0]}, {column[0][0]}, {column[g][0]};")
-        lines.append(f"mov.f32 {total[r]}, {column[0][0]};")
+        sums = [x[0] for x in column]
+        if per == 4:
+            lines.extend(f"add.f32 {a}, {a}, {b};" for a, b in zip(sums[::2], sums[1::2], strict=True))
+            sums = sums[::2]
+            lines.append(f"max.NaN.f32 peak{r}, {sums[0]}, {sums[1]};")
+            lines.extend(f"max.NaN.f32 peak{r}, peak{r}, {a};" for a in sums[2:])
+        lines.extend(f"add.f32 {sums[0]}, {sums[0]}, {a};" for a in sums[1:])
+        lines.append(f"mov.f32 {total[r]}, {sums[0]};")
+        if per == 2:
+            lines.append(f"mov.f32 peak{r}, {sums[0]};")
 
     if not first:
         for r in (0, 1):
@@ -71,7 +84,7 @@ def softmax_ptx(groups, dtype, first):
             block(r)
             lines.append(f"mov.f32 {m[r]}, {m_old[r]};")
             lines.append(f"mov.f32 {alpha[r]}, 1.0;")
-        lines.append(f"max.NaN.f32 other, {total[0]}, {total[1]};")  # NaN where a row has seen no key: m_old is -inf
+        lines.append("max.NaN.f32 other, peak0, peak1;")  # NaN where a row has seen no key: m_old is -inf
         lines.append(f"setp.gtu.f32 far, other, {largest_sum(dtype)};")
         lines.append("vote.sync.any.pred far, far, 0xffffffff;")
         lines.append("@!far bra DONE;")

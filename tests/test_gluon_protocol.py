@@ -83,6 +83,39 @@ def test_right_on_every_schedule(version, name, dtype):
         run(version, name, dtype, seed)
 
 
+RISES = {"a little": 3.0, "past float16": 60.0, "past float32": 400.0}  # of the logits from block to block
+
+
+@pytest.mark.parametrize(
+    "version, dtype", [pytest.param(v, d, id=f"{d}-{v.name}") for v in VERSIONS.values() for d in dtypes_of(v)]
+)
+@pytest.mark.parametrize("rise", RISES)
+def test_scores_that_rise(version, dtype, rise):
+    """Blocks whose scores lie far above those before them (the last keys come first), for some of a warp's rows."""
+    case = Case(1, 1, 1, 64, 512, 64)
+    q, k, v = case.tensors(dtype, CPU)
+    exact = 16.0 if dtype in FP8_LIMIT else 64.0  # FP8: a power of two that is the largest of all stays what it is
+    q[..., 0] = torch.where(torch.arange(64) % 3 > 0, exact, 0.0)
+    k[..., 0] = (-(torch.arange(512) // 128).float() * RISES[rise] / exact).to(k.dtype)
+    options = {"use_fp8": True, "fp8_dtype": dtype} if dtype in FP8_LIMIT else {}
+    with mock.patch("common.problem.interpreting", lambda: True), pretend(KNOWN["sm_90"]), guarded_memory():
+        out, lse = Emulator().load(version.path).VERSION.call(q, k, v, scale=1.0, return_lse=True, **options)
+    # scores are large, so half a unit in the last place of q and k is too: only FP8's own limit means something there
+    limit = {"fp16": 2e-3, "bf16": 1e-2}.get(dtype)
+    assert_close(out, q, k, v, dtype, limit, lse if dtype not in FP8_LIMIT else None, scale=1.0)
+
+
+@pytest.mark.parametrize("version", [pytest.param(v, id=v.name) for v in VERSIONS.values() if v.fp8])
+def test_fp8_beside_a_sink(version):
+    """One key takes nearly all the weight: the others' must not underflow when they become e4m3."""
+    q, k, v = Case(1, 1, 1, 40, 200, 64).tensors("e4m3", CPU)
+    q[..., 0], k[..., 0], k[:, :, 0, 0] = 8.0, 0.0, 8.0  # key 0, which comes last: 8 above the rest
+    v[:, :, 0] = 0.0  # so that the output is the others' alone
+    with mock.patch("common.problem.interpreting", lambda: True), pretend(KNOWN["sm_90"]), guarded_memory():
+        out = Emulator().load(version.path).VERSION.call(q, k, v, use_fp8=True)
+    assert_close(out, q, k, v, "e4m3")
+
+
 # ---- kernels with a piece missing
 
 HOPPER = pathlib.Path(common.hopper.__file__)
@@ -110,6 +143,8 @@ HARMLESS = {
     ("v7", "step: warpgroup_mma_wait(2, deps=[acc])"): "as in v6",
     ("v8", "step: without wait_full(v_ring, i_v + 1, STAGES, more)"): "as in v6",
     ("v8", "skip: without wait_full(ring, i, SLOTS)"): "as in v6",
+    ("v9", "step: without wait_full(v_ring, i_v + 1, STAGES, more)"): "as in v6",
+    ("v10", "step: without wait_full(v_ring, i_v + 1, STAGES, more)"): "as in v6",
 }
 
 
