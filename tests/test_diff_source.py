@@ -95,6 +95,7 @@ EXCEPTIONS = {
     ("prefill", "v5"): "descriptors replace all addressing, and the version says what they cannot address",
     ("prefill", "v6"): "a new start: the kernel is written in Gluon",
     ("prefill", "v7"): "one loop over tiles and blocks takes the place of two",
+    ("prefill", "v8"): "FP8 takes its scales, packing and layouts along, and rescaling moves behind PV",
 }
 
 
