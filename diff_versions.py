@@ -251,7 +251,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--color", default="auto", metavar="WHEN", help="auto (on a terminal), always or never")
     code = parser.add_argument_group("machine code")
     code.add_argument("--arch", help="sm_80 ... sm_120 or gfx942; by default that of the recorded GPU")
-    code.add_argument("--dtype", default="fp16", help="fp16 (default), bf16, fp32, e4m3, e5m2")
+    code.add_argument("--dtype", help="fp16 (default; e4m3 if NEW takes nothing else), bf16, fp32, e4m3, e5m2")
     code.add_argument("--head-dim", type=int, metavar="D", help="default: prefill 128, decoding 64")
     code.add_argument("--causal", action="store_true")
     code.add_argument("--stage", help="diff this stage's text instead: ttir, ttgir, llir, ptx, sass")

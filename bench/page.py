@@ -40,13 +40,13 @@ def page_data(arch: str | None = None, device: str | None = None) -> dict:
 def family_data(gatherer: Gatherer, arch: str | None) -> dict:
     """One family; its pairs are keyed "v1..v2", the older version first."""
     family, names = gatherer.family, list(gatherer.versions)
-    first = gatherer.complete(Request(family, names[0], names[0], arch))
-    requests = [first._replace(old=old, new=new) for old, new in itertools.combinations(names, 2)]
-    gatherer.prepare([first, *requests])
+    alone = {name: gatherer.complete(Request(family, name, name, arch)) for name in names}
+    requests = [gatherer.complete(Request(family, *pair, arch)) for pair in itertools.combinations(names, 2)]
+    gatherer.prepare([*alone.values(), *requests])
     pairs = {f"{request.old}..{request.new}": pair_data(gatherer.pair(request)) for request in requests}
     return {
         "name": family, "unit": gatherer.unit, "measured_on": gatherer.measured_on, "ladder": ladder(gatherer),
-        "versions": [version_data(gatherer, name, first) for name in names], "pairs": pairs,
+        "versions": [version_data(gatherer, *item) for item in alone.items()], "pairs": pairs,
     }  # fmt: skip
 
 

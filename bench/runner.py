@@ -29,6 +29,7 @@ PEER_MODULES = {
 }  # what each other process must import
 # Presets spend their time where it teaches most; peers that are named on the command line run everywhere.
 PAPER_PEERS = {"bf16": ("fa3", "cudnn", "fa2"), "e4m3": ("cudnn_fp8",)}
+PAPER_ALONE_HEAD_DIM = 128  # where ideas are measured alone, with their parents' tiles
 PAPER_BF16_VERSIONS = 4  # bf16 repeats fp16's steps: the newest versions, against the peers
 FLEX_SEQLENS = {"paper": (4096, 16384), "seed": (8192,)}  # each shape is seconds of compilation
 
@@ -74,7 +75,7 @@ def plan(family: str, args) -> tuple[list[tuple[Case, list[Entrant]]], list[str]
         thin = args.preset == "paper" and case.dtype == "bf16" and not args.versions
         taking_part = [version for version in versions if version.half][-PAPER_BF16_VERSIONS:] if thin else versions
         entrants = [entrant for version in taking_part for entrant in version_entrants(version, case)]
-        if thin:
+        if thin or (args.preset == "paper" and case.head_dim != PAPER_ALONE_HEAD_DIM and family == "prefill"):
             entrants = [entrant for entrant in entrants if entrant.variant == OWN]
         entrants += [
             Entrant("peer", peer.name, process=peer.process) for peer in peers if _takes_part(peer, case, args)

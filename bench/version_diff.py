@@ -38,7 +38,7 @@ class Request(NamedTuple):
     old: str | None
     new: str
     arch: str | None = None
-    dtype: str = "fp16"
+    dtype: str | None = None  # fp16, e4m3 where the newer version takes FP8 alone
     head_dim: int | None = None
     causal: bool = False
     device: str | None = None
@@ -269,7 +269,8 @@ class Gatherer:
         machine_code.gpu_of(arch)
         if request.stage not in (None, *machine_code.STAGES):
             raise ValueError(f"stage {request.stage!r} does not exist; there are {', '.join(machine_code.STAGES)}")
-        return request._replace(old=old.name, new=new.name, arch=arch)
+        dtype = request.dtype or ("fp16" if new.half else "e4m3")
+        return request._replace(old=old.name, new=new.name, arch=arch, dtype=dtype)
 
     def kernels(self, case: machine_code.Case) -> list[machine_code.Compiled] | str:
         """The case's own kernels, first the one with the main loop; or one line why there are none."""

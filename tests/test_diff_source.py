@@ -96,6 +96,9 @@ EXCEPTIONS = {
     ("prefill", "v6"): "a new start: the kernel is written in Gluon",
     ("prefill", "v7"): "one loop over tiles and blocks takes the place of two",
     ("prefill", "v8"): "FP8 takes its scales, packing and layouts along, and rescaling moves behind PV",
+    ("prefill", "v9"): "the maximum and the sums change their form everywhere; wide heads need the output in pieces",
+    ("decoding", "v2"): "rows of several queries and heads take the place of one row",
+    ("decoding", "v3"): "the second kernel goes, and its work moves into the first",
 }
 
 
