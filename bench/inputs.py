@@ -32,6 +32,12 @@ class Inputs:
         """Float8 q, k, v and their descales: what a version with use_fp8 is timed on."""
         return quantize_fp8(self.q, self.k, self.v, self.case.dtype)
 
+    def rounded(self) -> Inputs:
+        """The float8 copies as the numbers that they stand for, float32."""
+        q, k, v, *descales = self.quantized
+        values = (x.float() * scale[..., None, None] for x, scale in zip((q, k, v), descales, strict=True))
+        return Inputs(self.case, *values, self.seqlens_k)
+
     def copy(self) -> Inputs:
         """Equal tensors at other addresses."""
         return Inputs(self.case, self.q.clone(), self.k.clone(), self.v.clone(), self.seqlens_k)

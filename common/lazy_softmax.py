@@ -47,7 +47,8 @@ def softmax_ptx(groups, dtype, first):
     scores = [operand(groups + 3 + k) for k in range(per * groups)]
     m_old, scale = operand((per + 1) * groups + 3), operand((per + 1) * groups + 4)[0]
     column = [[f"x{g}_{c}" for c in range(per)] for g in range(groups)]
-    lines = [f".reg .f32 {', '.join(sum(column, []))}, base, top, other, peak0, peak1;"]
+    names = ", ".join(sum(column, ["base", "top", "other", "peak0", "peak1"]))
+    lines = [f".reg .f32 {names};"]
     lines += [".reg .b16 low, high;", ".reg .pred far;"]
 
     def block(r):

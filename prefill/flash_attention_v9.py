@@ -3,12 +3,11 @@
 Idea: the running maximum keeps exp2 in range, no more, and the one of the blocks before does as well. The sum of a
   block, needed anyway, tells if it did: only a warp where it did not looks for the new one and does the block again.
   So most blocks have no comparisons, no shuffles, and nothing to rescale (FlashAttention-4 leaves out the rescaling).
-Changed: the softmax of a block is common/lazy_softmax.py's, one piece of PTX with the branch in it; the maximum, and
-  alpha, are kept as each thread's, [rows, 4]. At head_dim 64 PV is waited for before the softmax: three groups overlap
-  each other, and 160 registers do not hold scores, p, and the p that PV reads.
+Changed: common/lazy_softmax.py is the softmax: PTX, with the branch in it. Maximum and alpha are each thread's own,
+  [rows, 4]. Three groups (D=64) wait for PV first: 160 registers. Output in pieces of 64 columns: head_dim to 256.
 Expect: 132 of a block's 460 instructions go, and the wait for the maximum ahead of the first exponential. Leaving out
   the maximum alone, wrongly, made v7 8 % faster, leaving out the rescaling 4 %: 10 % together at 8k, D=64 more.
-Limits: v7's. Scores that keep rising by more than 2^15 from block to block are worked out twice.
+Limits: v6's. Scores that rise by more than 2^15 from one block to the next are worked out twice.
 """
 
 from triton.experimental import gluon

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import re
 import sys
 import textwrap
@@ -192,6 +193,16 @@ def test_hashes_are_stable(version):
     assert re.fullmatch(r"[0-9a-f]{12}", version.source_hash)
     others = [v for family in FAMILIES for v in versions_of(family) if v is not version]
     assert version.source_hash not in {v.source_hash for v in others}
+
+
+@every_version
+def test_hash_does_not_depend_on_python(version):
+    """ast.unparse writes strings inside the braces of an f-string one way before Python 3.12 and another way since."""
+    for source in (version.path.read_text(), *lineage._reachable_sources(version.kernels)):
+        for node in ast.walk(ast.parse(inspect.cleandoc(source))):
+            if isinstance(node, ast.FormattedValue):
+                inner = [n for n in ast.walk(node.value) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+                assert not inner, f"name what stands in the braces first: {ast.unparse(node)}"
 
 
 @every_version

