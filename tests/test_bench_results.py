@@ -66,6 +66,12 @@ def test_the_newest_run_of_each_cell_counts():
     ]
 
 
+def test_every_run_keeps_its_ceiling():
+    """A version that was measured in an earlier run is a share of that run's ceiling."""
+    ceilings = [record(run, version="matmul", role="ceiling") for run in ("r1", "r2")]
+    assert results.newest([ceilings[0], record("r1"), ceilings[1]]) == [ceilings[0], record("r1"), ceilings[1]]
+
+
 def test_within_a_run_the_later_record_counts():
     assert results.newest([record("r1", 1.0), record("r1", 2.0)])[0]["median_ms"] == 2.0
 
