@@ -383,6 +383,7 @@ def _machine() -> str | None:
 TABLES: dict[str, Callable[[], str | None]] = {
     "machine": _machine,
     "prefill-fp8": _shown(lambda shown: fp8_table(shown.book), "prefill"),
+    "prefill-peers-fp8": _shown(lambda shown: peers_table(shown.book, "pipe", FP8), "prefill"),
 }
 for _family in METRIC:
     TABLES |= {

@@ -145,6 +145,7 @@ HARMLESS = {
     ("v8", "skip: without wait_full(ring, i, SLOTS)"): "as in v6",
     ("v9", "step: without wait_full(v_ring, i_v + 1, STAGES, more)"): "as in v6",
     ("v10", "step: without wait_full(v_ring, i_v + 1, STAGES, more)"): "as in v6",
+    ("v10", "skip: without wait_full(ring, i, SLOTS)"): "as in v6",
 }
 
 
