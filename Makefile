@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help bench bench-prefill bench-decoding test test-tritons lint readme page record gpu-info clean
+.PHONY: help bench bench-prefill bench-decoding test test-tritons lint readme page record memcheck host-cost gpu-info clean
 
 PRESET ?= quick
 ARGS ?=
@@ -66,6 +66,14 @@ test-tritons:  ## the tests under each Triton of TRITONS, in .venvs/
 	  echo "Tests under triton $$triton"; $(MAKE) --no-print-directory test PYTHON=$$venv/bin/python || failed="$$failed $$triton"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "failed under triton$$failed"; exit 1; fi
+
+# Without PyTorch's own cache of memory every tensor is an allocation, and whoever reads past its end is seen.
+memcheck: $(call built,$(TEST_PY))  ## on a GPU: compute-sanitizer over the odd shapes, every version
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+	  $(TEST_PY) -m pytest -q tests/test_contract_prefill.py tests/test_contract_decoding.py -k test_shapes $(ARGS)
+
+host-cost: $(call built,$(PY))  ## on a GPU: microseconds of Python before a kernel starts, every version
+	$(PY) -m bench.host_cost
 
 lint: $(call built,$(LINT_PY))  ## ruff
 	$(LINT_PY) -m ruff check .
