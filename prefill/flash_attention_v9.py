@@ -167,6 +167,8 @@ def consumer(
     for t in range(tiles):
         q = q_ring[0].index((t * GROUPS + g) % Q_SLOTS).reshape([MW, HEAD_DIM])
         acc = gl.zeros([MW, HEAD_DIM], gl.float32, O_LAYOUT)
+        # One loop, with a branch around the mask. Of two, a masked one first, ptxas (CUDA 12.8) has the second use what
+        # the first computed of Q's address, and that is never computed where the first has no turn.
         for j in range(hi - 2, lo - 1, -1):
             mask = j >= whole if GUARD else False
             p, acc, m_i, l_i = step(
