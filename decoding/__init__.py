@@ -1,4 +1,4 @@
-"""Decoding: attention of one query a sequence over a long KV cache."""
+"""Decoding: attention of one query a sequence, or a few, over a long KV cache."""
 
 from common.hardware import detect_gpu
 from common.lineage import find_version, versions_of
@@ -7,12 +7,13 @@ from common.lineage import find_version, versions_of
 def flash_decoding(
     q, k, v, *, scale=None, seqlens_k=None, num_splits=None, return_lse=False, out=None, version=None
 ):  # fmt: skip
-    """softmax(scale * q k^T) v for one query a sequence, by the newest version that can run here.
+    """softmax(scale * q k^T) v for the last positions of each sequence, by the newest version that can run here.
 
-    q [B, Hq, 1, D], k and v [B, Hkv, Sk, D], any strides; fp16, bf16 or fp32; D from 1 to 256; Hq a multiple of
-      Hkv. seqlens_k: int32 [B], the keys that count of each sequence; later ones are never read.
+    q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D], any strides; fp16, bf16 or fp32; D from 1 to 256; Hq a multiple of
+      Hkv. Sq from 1 to 16 (v1: 1): query i stands at position len_k - Sq + i and sees the keys up to its own.
+    seqlens_k: int32 [B], the keys that count of each sequence; later ones are never read.
     num_splits: how many parts the keys are cut into; None leaves it to the version. The result does not depend on it
-      beyond rounding. return_lse: also the log-sum-exp, natural logarithm, float32 [B, Hq, 1]; no keys give 0 and -inf.
+      beyond rounding. return_lse: also the log-sum-exp, natural logarithm, float32 [B, Hq, Sq]; no keys give 0 and -inf.
     out: preallocated output. version: "v1", say, instead of the newest.
     Raises ValueError or TypeError naming the argument, before anything is launched; NoGPU where there is no GPU.
     """
