@@ -13,7 +13,8 @@ def flash_decoding(
       Hkv. Sq from 1 to 16 (v1: 1): query i stands at position len_k - Sq + i and sees the keys up to its own.
     seqlens_k: int32 [B], the keys that count of each sequence; later ones are never read.
     num_splits: how many parts the keys are cut into; None leaves it to the version. The result does not depend on it
-      beyond rounding. return_lse: also the log-sum-exp, natural logarithm, float32 [B, Hq, Sq]; no keys give 0 and -inf.
+      beyond rounding.
+    return_lse: also the log-sum-exp, natural logarithm, float32 [B, Hq, Sq]; no keys give 0 and -inf.
     out: preallocated output. version: "v1", say, instead of the newest.
     Raises ValueError or TypeError naming the argument, before anything is launched; NoGPU where there is no GPU.
     """
