@@ -14,7 +14,7 @@ FP8_ARCHS = ("sm_89", "sm_90", "sm_100", "sm_120")
 
 
 # Default tiles that spill, at most so often, and why.
-SPILLS = {("prefill", "v9", 256): (32, "a few addresses, once a tile: the output takes 128 of a thread's 240 registers")}
+SPILLS = {("prefill", "v9", 256): (32, "a few addresses, once a tile: the output takes 128 of 240 registers")}
 if triton_version() >= (3, 9):
     three = "three groups have 160 registers each, and its ptxas wants more; two would do, but nobody has timed them"
     SPILLS |= {("prefill", name, 64): (300, three) for name in ("v7", "v8", "v9", "v10")}
