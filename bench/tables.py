@@ -175,7 +175,7 @@ def ladder_table(book: Book, fmt: str, versions: dict | None = None) -> str | No
         rows.append(row)
     title = f"{cell.label(book.family)}."
     if counted:
-        title += f" Gains over the version before: geometric mean of {len(counted)} 16-bit shapes."
+        title += f" Gains over the version before: geometric mean of up to {len(counted)} 16-bit shapes."
     return "\n\n".join([title, _table(rows, fmt), *_peers_line(book, cell)])
 
 

@@ -2,7 +2,7 @@
 
 Any number will do for the maximum as long as exp2(score - it) neither overflows nor vanishes. So a block is worked out
 with the maximum of the blocks before it, and its sum, which is needed anyway, tells whether that was good enough: no
-number of a sum is larger than the sum. Where a sum passes LARGEST_SUM, its warp does the block again with the true one.
+number of a sum is larger than the sum. Where a sum passes largest_sum, its warp does the block again with the true one.
 
 Each warp decides for itself, which Gluon cannot say: the decision is a branch inside a piece of PTX. A warp holds 16
 rows in 32 threads, and a thread columns of rows r and r + 8; tensors of what it holds once for each row are [rows, 4].

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from common.hardware import detect_gpu
+from common.launch import cdiv
 from common.problem import AttentionProblem
 
 
@@ -45,7 +46,7 @@ def splits_of_whole_waves(programs: int, slots: int, blocks: int) -> int:
     """
 
     def duration(splits):
-        waves = -(-programs * splits // slots)
+        waves = cdiv(programs * splits, slots)
         return waves * (blocks / splits + SPLIT_COST)
 
     return min(range(1, max(1, min(blocks, slots)) + 1), key=duration)

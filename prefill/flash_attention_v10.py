@@ -3,7 +3,7 @@
 Idea: v9's softmax on v8's loop. FP8 products take half the time, so what the softmax does without is worth twice.
 Changed: v8's softmax, and the packing of P, are common/lazy_softmax.py's. P is times 32 where it was times 256: e4m3
   ends at 448, and what lies between is how far scores may rise above the maximum that is known.
-Expect: v9 made v7 11 % faster at D=128, S=8k, full, and 17 % at D=64: half as much again here.
+Expect: in an exploration v9 made v7 11 % faster at D=128, S=8k, full, and 17 % at D=64: half as much again here.
 Limits: v8's, and head_dim at most 128: beyond, scores, P and the output do not fit the registers together. P below
   2^-14 of a row's maximum vanishes, where v8 keeps it to 2^-17.
 """

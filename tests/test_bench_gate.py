@@ -152,3 +152,22 @@ def test_inputs_repeat_with_their_seed_and_follow_the_layout():
     copy = one.copy()
     assert torch.equal(copy.q, one.q) and copy.q.stride() == one.q.stride() and copy.q.data_ptr() != one.q.data_ptr()
     assert 0.9 < one.v.float().std() < 1.1
+
+
+def test_fp8_is_allowed_a_fifth_more_than_rounding_costs():
+    """Narrow heads over many keys: the inputs' own rounding passes the fixed limit, and no more of it than that."""
+    case = Case("prefill", "e4m3", 1, 1, 1, 64, 64, 128)
+
+    def limit(rounding_error, **options):
+        expected = gate.Expected(torch.arange(1), torch.ones(1), 0.0, rounding_error)
+        return gate.error_limit(case, expected, **options)
+
+    assert limit(0.0) == limit(0.05) == 0.06 and limit(0.05, eight_bit_output=True) == 0.075
+    assert limit(0.06) == pytest.approx(0.072)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "e4m3"])
+def test_what_rounding_costs(dtype, device):
+    """Of e4m3 with 3 bits of mantissa some per cent; nothing where nothing is rounded."""
+    error = gate.expect(make_inputs(Case("prefill", dtype, 1, 2, 2, 96, 96, 64), device)).rounding_error
+    assert 0.02 < error < 0.06 if dtype == "e4m3" else error == 0.0
