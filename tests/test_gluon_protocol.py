@@ -106,11 +106,12 @@ def test_scores_that_rise(version, dtype, rise):
 
 
 @pytest.mark.parametrize("version", [pytest.param(v, id=v.name) for v in VERSIONS.values() if v.fp8])
-def test_fp8_beside_a_sink(version):
+@pytest.mark.parametrize("sink", [0, -1], ids=["last", "first"])  # in the order in which keys come
+def test_fp8_beside_a_sink(version, sink):
     """One key takes nearly all the weight: the others' must not underflow when they become e4m3."""
     q, k, v = Case(1, 1, 1, 40, 200, 64).tensors("e4m3", CPU)
-    q[..., 0], k[..., 0], k[:, :, 0, 0] = 8.0, 0.0, 8.0  # key 0, which comes last: 8 above the rest
-    v[:, :, 0] = 0.0  # so that the output is the others' alone
+    q[..., 0], k[..., 0], k[:, :, sink, 0] = 8.0, 0.0, 8.0  # 8 above the rest
+    v[:, :, sink] = 0.0  # so that the output is the others' alone
     with mock.patch("common.problem.interpreting", lambda: True), pretend(KNOWN["sm_90"]), guarded_memory():
         out = Emulator().load(version.path).VERSION.call(q, k, v, use_fp8=True)
     assert_close(out, q, k, v, "e4m3")
