@@ -17,6 +17,7 @@ import triton
 from common.hardware import GPU
 
 FAMILIES = ("prefill", "decoding")
+CACHE_ARGUMENTS = ("block_table", "window", "starts", "k_new", "v_new")  # which older decoding versions do not take
 
 
 def triton_version() -> tuple[int, int]:
@@ -42,7 +43,7 @@ class Version:
     """One file of the lineage. `call` follows the family's contract; `tiles(problem)` is its own choice of tiles.
 
     `declines`, of a call's arguments, says why this version does not serve that call, or None. fp8: it has an FP8 path;
-    half: it has one for 16-bit tensors.
+    half: it has one for 16-bit tensors. takes: arguments of a decoding call beyond those that all versions take.
     """
 
     family: str
@@ -58,6 +59,7 @@ class Version:
     half: bool = True
     declines: Callable = lambda *args, **kwargs: None
     most_queries: int = 1  # of a sequence, in one decoding call
+    takes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -108,9 +110,18 @@ class Version:
             return "{}needs compute capability {}.{}, this is {}".format("FP8 " if is_fp8 else "", *least, found)
         return None
 
+    def lacks(self, **arguments) -> str | None:
+        """Which of a decoding call's arguments this version does not have, as a reason; None where it has all."""
+        if self.family != "decoding":
+            return None
+        beyond = [name for name in CACHE_ARGUMENTS if arguments.get(name) is not None and name not in self.takes]
+        return f"takes no {', '.join(beyond)}" if beyond else None
+
     def why_not_call(self, q, k, v, **arguments) -> str | None:
         """Why this version does not serve that call; None where it does."""
-        if self.family == "decoding" and q.shape[2] > self.most_queries:
+        if reason := self.lacks(**arguments):
+            return reason
+        if self.family == "decoding" and getattr(q, "ndim", 0) == 4 and q.shape[2] > self.most_queries:
             return f"takes {self.most_queries} queries of a sequence at most, not {q.shape[2]}"
         return self.declines(q, k, v, **arguments)
 

@@ -12,6 +12,7 @@ FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 FP8_CAPABILITY = (8, 9)
 FLOAT32 = torch.finfo(torch.float32)
 MAX_HEAD_DIM = 256
+PAGE_SIZES = tuple(2**i for i in range(9))  # keys of a page
 MAX_SPLITS = 65535  # of the grid's second axis
 MAX_ROW_STRIDE = 2**22  # 512 rows of a block stay inside int32; other offsets are int64
 MAX_SEQLEN = 2**30  # positions, and position + block, stay inside int32
@@ -24,12 +25,15 @@ class AttentionProblem:
     out like q; lse float32 [batch, heads_q, seqlen_q] or None. seqlens_q, seqlens_k int32 [batch] or None.
     window_left, window_right: how many keys before and after its own a row sees, None for no bound; causal is
     window_right = 0. Row i sits at key i + len_k - len_q. descales: float32 ([batch, heads_q], [batch, heads_kv] x 2)
-    for float8 tensors, else None.
+    for float8 tensors, else None. Decoding alone: block_table int32 [batch, pages of a sequence], for k and v [pages,
+    heads_kv, page_size, head_dim]; seqlen_k is then what a row of it holds. starts int32 [batch]. k_new, v_new [batch,
+    heads_kv, seqlen_q, head_dim]. None where not given.
     """
 
     __slots__ = (
-        "batch", "descales", "head_dim", "heads_kv", "heads_q", "k", "lse", "num_splits", "out", "q", "rank3",
-        "return_lse", "scale", "seqlen_k", "seqlen_q", "seqlens_k", "seqlens_q", "v", "window_left", "window_right",
+        "batch", "block_table", "descales", "head_dim", "heads_kv", "heads_q", "k", "k_new", "lse", "num_splits", "out",
+        "page_size", "q", "rank3", "return_lse", "scale", "seqlen_k", "seqlen_q", "seqlens_k", "seqlens_q", "starts",
+        "v", "v_new", "window_left", "window_right",
     )  # fmt: skip
 
     @classmethod
@@ -53,23 +57,33 @@ class AttentionProblem:
 
     @classmethod
     def decoding(
-        cls, q, k, v, *, scale=None, seqlens_k=None, num_splits=None, return_lse=False, out=None, most_queries=1
+        cls, q, k, v, *, scale=None, seqlens_k=None, num_splits=None, return_lse=False, out=None, most_queries=1,
+        block_table=None, window=None, starts=None, k_new=None, v_new=None, check_table=False,
     ):  # fmt: skip
         """Check a decoding step; q [B, Hq, Sq, D], the last positions of their sequences, k and v [B, Hkv, Sk, D].
 
-        num_splits: None is the version's own choice. most_queries: what Sq may be, in this version.
+        num_splits: None is the version's own choice. most_queries: what Sq may be, in this version. The rest is
+        described in decoding.flash_decoding.
 
         Raises TypeError or ValueError, naming the argument, what it was and what would do.
         """
         self = cls()
-        self._take_tensors(q, k, v, use_fp8=False, fp8_dtype=None, ranks=(4,))
+        self._take_tensors(q, k, v, use_fp8=False, fp8_dtype=None, ranks=(4,), paged=block_table is not None)
         if not 1 <= self.seqlen_q <= most_queries:
             takes = "one query" if most_queries == 1 else f"1 to {most_queries} queries"
             form = "[B, Hq, 1, D]" if most_queries == 1 else "[B, Hq, Sq, D]"
             raise ValueError(f"q: decoding takes {takes} a sequence, {form}, not {self.seqlen_q}; use prefill")
         self.scale = _checked_scale(scale, self.head_dim)
-        self.window_left = self.window_right = self.seqlens_q = self.descales = None
+        self.window_right = self.seqlens_q = self.descales = None  # causal is what decoding is
+        self.block_table, self.page_size = self._checked_table(block_table)
+        self.window_left = None if window is None else self._checked_window(window, is_causal=True)[0]
         self.seqlens_k = self._checked_lengths("seqlens_k", seqlens_k, self.seqlen_k)
+        self.starts = self._checked_lengths("starts", starts, self.seqlen_k)
+        self.k_new, self.v_new = self._checked_new(k, v, k_new, v_new)
+        if not isinstance(check_table, bool):
+            raise TypeError(f"check_table: must be True or False, it is {check_table!r}")
+        if block_table is not None and (check_table or block_table.device.type == "cpu"):
+            self._check_pages()
         if num_splits is not None and (
             not isinstance(num_splits, int) or isinstance(num_splits, bool) or not 1 <= num_splits <= MAX_SPLITS
         ):
@@ -101,7 +115,7 @@ class AttentionProblem:
 
     # ---- checks, in the order of the arguments
 
-    def _take_tensors(self, q, k, v, use_fp8, fp8_dtype, ranks=(3, 4)):
+    def _take_tensors(self, q, k, v, use_fp8, fp8_dtype, ranks=(3, 4), paged=False):
         tensors = isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
         if not tensors or not (
             q.ndim == k.ndim == v.ndim and q.ndim in ranks and q.dtype == k.dtype == v.dtype
@@ -117,7 +131,7 @@ class AttentionProblem:
             q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         self.batch, self.heads_q, self.seqlen_q, self.head_dim = q.shape
         _, self.heads_kv, self.seqlen_k, _ = k.shape
-        self._check_shapes(q, k, v)
+        self._check_shapes(q, k, v, paged)
         self.q, self.k = addressable(q), addressable(k)
         # float8 values are wanted the other way round, keys contiguous: quantize.py sees to that
         self.v = v if v.dtype.itemsize == 1 else addressable(v)
@@ -151,10 +165,10 @@ class AttentionProblem:
         if gpu.backend == "hip" or gpu.capability < FP8_CAPABILITY:
             raise ValueError(f"use_fp8: needs an NVIDIA GPU of compute capability 8.9, this is {gpu.name} ({gpu.arch})")
 
-    def _check_shapes(self, q, k, v):
+    def _check_shapes(self, q, k, v, paged):
         if k.shape != v.shape:
             raise ValueError(f"v: has shape {list(v.shape)} and k has {list(k.shape)}; they must be equal")
-        if k.shape[0] != self.batch:
+        if k.shape[0] != self.batch and not paged:
             raise ValueError(f"k: has batch {k.shape[0]} and q has {self.batch}; they must be equal")
         if k.shape[3] != self.head_dim:
             raise ValueError(f"k: has head_dim {k.shape[3]} and q has {self.head_dim}; they must be equal")
@@ -194,6 +208,78 @@ class AttentionProblem:
         lengths = lengths.contiguous()
         _check_range(name, lengths, longest)
         return lengths
+
+    def _checked_table(self, table):
+        """The block table and the page size; seqlen_k becomes what a sequence's row of the table holds."""
+        if table is None:
+            return None, None
+        form = f"an int32 tensor [{self.batch}, pages of a sequence]"
+        if not isinstance(table, torch.Tensor):
+            raise TypeError(f"block_table: must be {form}, it is {type(table).__name__}")
+        if table.dtype != torch.int32:
+            raise TypeError(f"block_table: must be int32, it is {table.dtype}")
+        if table.ndim != 2 or table.shape[0] != self.batch:
+            raise ValueError(f"block_table: must be {form}, it has shape {list(table.shape)}")
+        if table.device != self.q.device:
+            raise ValueError(f"block_table: is on {table.device} and q is on {self.q.device}; use one device")
+        page_size = self.seqlen_k
+        if page_size not in PAGE_SIZES:
+            raise ValueError(
+                f"k: with a block_table must be [pages, Hkv, page_size, D] with a page_size of a power of two from 1 to "
+                f"{PAGE_SIZES[-1]}, it is {page_size}"
+            )
+        self.seqlen_k = table.shape[1] * page_size
+        if self.seqlen_k > MAX_SEQLEN:
+            raise ValueError(f"block_table: at most {MAX_SEQLEN} positions a sequence, here {self.seqlen_k}")
+        return (table if table.stride(1) == 1 or table.shape[1] <= 1 else table.contiguous()), page_size
+
+    def _check_pages(self):
+        """The entries that a kernel follows lie in the cache. Reads the device, but for a graph that is captured."""
+        table, pages = self.block_table, self.k.shape[0]
+        if table.device.type == "meta" or table.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        first, end = torch.zeros_like(table[:, 0:1]), torch.full_like(table[:, 0:1], self.seqlen_k)
+        if self.seqlens_k is not None:
+            end = self.seqlens_k[:, None]
+        if self.window_left is not None:
+            first = (end - self.seqlen_q - self.window_left).clamp(min=0)
+        if self.starts is not None:
+            first = torch.maximum(first, self.starts[:, None])
+        if self.k_new is not None:
+            first = torch.minimum(first, (end - self.seqlen_q).clamp(min=0))
+        begins = torch.arange(table.shape[1], device=table.device)[None, :] * self.page_size
+        used = (begins < end) & (begins + self.page_size > first) & (first < end)
+        wrong = (used & ((table < 0) | (table >= pages))).nonzero()
+        if wrong.numel():
+            b, i = wrong[0].tolist()
+            where, entry = f"[{b}, {i}]", int(table[b, i])
+            raise ValueError(f"block_table: pages in use must lie in 0..{pages - 1}, the one at {where} is {entry}")
+
+    def _checked_new(self, k, v, k_new, v_new):
+        """New keys and values, and a cache that can take them: itself, not a copy that is easier to address."""
+        if k_new is None and v_new is None:
+            return None, None
+        shape = (self.batch, self.heads_kv, self.seqlen_q, self.head_dim)
+        for name, new, cache, own in (("k", k_new, k, self.k), ("v", v_new, v, self.v)):
+            if not isinstance(new, torch.Tensor):
+                raise TypeError(f"{name}_new: must be a torch.Tensor, like its partner, it is {type(new).__name__}")
+            if new.dtype != cache.dtype:
+                raise TypeError(f"{name}_new: is {new.dtype} and {name} is {cache.dtype}; they must have one dtype")
+            if new.shape != shape:
+                raise ValueError(f"{name}_new: must have shape {list(shape)}, it has {list(new.shape)}")
+            if new.device != cache.device:
+                raise ValueError(f"{name}_new: is on {new.device} and {name} is on {cache.device}; use one device")
+            if torch.is_grad_enabled() and new.requires_grad:
+                raise ValueError(f"{name}_new: requires grad, and there is no backward; detach() it")
+            if own is not cache:
+                raise ValueError(
+                    f"{name}: to be written its last dimension must be contiguous, its rows at most {MAX_ROW_STRIDE} "
+                    f"elements apart; its strides are {list(cache.stride())}"
+                )
+            if any(size > 1 and step == 0 for size, step in zip(cache.shape, cache.stride(), strict=True)):
+                strides = list(cache.stride())
+                raise ValueError(f"{name}: to be written its elements must not share memory, its strides are {strides}")
+        return addressable(k_new), addressable(v_new)
 
     def _checked_descales(self, descales):
         """Float32 [batch, heads] for each of q, k, v; a number or one element serves all heads. Default 1."""
@@ -275,7 +361,7 @@ _in_range: dict[int, tuple[weakref.ref, int, int]] = {}
 
 
 def _check_range(name: str, lengths: torch.Tensor, longest: int):
-    """Lengths lie in 0..longest. Reads the device once for each tensor and change of it, never in a graph capture."""
+    """Lengths (or first keys) lie in 0..longest. Reads the device once for each tensor and change of it, never in a graph capture."""
     if lengths.device.type == "meta" or lengths.numel() == 0:
         return
     version = None if lengths.is_inference() else lengths._version
@@ -286,6 +372,7 @@ def _check_range(name: str, lengths: torch.Tensor, longest: int):
         return  # the kernels clamp lengths, so that a bad one cannot reach foreign memory
     least, most = (int(x) for x in lengths.aminmax())
     if least < 0 or most > longest:
-        raise ValueError(f"{name}: lengths must lie in 0..{longest}, they reach from {least} to {most}")
+        what = "first keys" if name == "starts" else "lengths"
+        raise ValueError(f"{name}: {what} must lie in 0..{longest}, they reach from {least} to {most}")
     key = id(lengths)
     _in_range[key] = (weakref.ref(lengths, lambda _: _in_range.pop(key, None)), version, longest)

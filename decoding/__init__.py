@@ -5,22 +5,45 @@ from common.lineage import find_version, versions_of
 
 
 def flash_decoding(
-    q, k, v, *, scale=None, seqlens_k=None, num_splits=None, return_lse=False, out=None, version=None
+    q, k, v, *, scale=None, seqlens_k=None, num_splits=None, return_lse=False, out=None, block_table=None, window=None,
+    starts=None, k_new=None, v_new=None, check_table=False, version=None,
 ):  # fmt: skip
-    """softmax(scale * q k^T) v for the last positions of each sequence, by the newest version that can run here.
+    """softmax(scale * q k^T) v for the last positions of each sequence, by the newest version that serves the call.
 
     q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D], any strides; fp16, bf16 or fp32; D from 1 to 256; Hq a multiple of
       Hkv. Sq from 1 to 16 (v1: 1): query i stands at position len_k - Sq + i and sees the keys up to its own.
-    seqlens_k: int32 [B], the keys that count of each sequence; later ones are never read.
+    seqlens_k: int32 [B], the keys that count of each sequence, new ones included; later ones are never read.
     num_splits: how many parts the keys are cut into; None leaves it to the version. The result does not depend on it
       beyond rounding.
     return_lse: also the log-sum-exp, natural logarithm, float32 [B, Hq, Sq]; no keys give 0 and -inf.
     out: preallocated output. version: "v1", say, instead of the newest.
+
+    From v4 on:
+    block_table: int32 [B, max_pages], for caches in pages: k and v are then [pages, Hkv, page_size, D], any strides (one
+      stored as [pages, page_size, Hkv, D] is passed as k.transpose(1, 2)), page_size a power of two from 1 to 256. Key n
+      of sequence b is row n % page_size of page block_table[b, n // page_size]. Entries that no query needs, past the
+      length, before starts or the window, may be anything and are not followed. An entry in use that is no page is
+      refused where the table is on the CPU, or with check_table=True, which reads the table back and so waits for the
+      GPU, too long for every step; otherwise it is not followed either, and that sequence's output is NaN.
+    window: (left, right): a query sees `left` keys before its own position, None is no bound; right changes nothing,
+      as no query sees later keys.
+    starts: int32 [B], the first key of each sequence, where caches are padded on the left; seqlens_k counts from 0.
+    k_new, v_new: [B, Hkv, Sq, D], the queries' own keys and values: written into k and v at positions len_k - Sq up to
+      len_k - 1 (those below 0 are left out), and attended. A page that is written belongs to one sequence alone.
     Raises ValueError or TypeError naming the argument, before anything is launched; NoGPU where there is no GPU.
     """
     arguments = dict(scale=scale, seqlens_k=seqlens_k, num_splits=num_splits, return_lse=return_lse, out=out)
+    of_caches = dict(block_table=block_table, window=window, starts=starts, k_new=k_new, v_new=v_new)
+    arguments |= {name: value for name, value in of_caches.items() if value is not None}
+    if check_table is not False and block_table is not None:
+        arguments["check_table"] = check_table
     if version is not None:
-        return find_version("decoding", version).call(q, k, v, **arguments)
+        chosen = find_version("decoding", version)
+        if reason := chosen.lacks(**arguments):
+            raise ValueError(f"version: {chosen.name} {reason}; v4 does")
+        return chosen.call(q, k, v, **arguments)
     gpu = detect_gpu()
-    chosen = next(v for v in reversed(versions_of("decoding")) if v.why_not(gpu) is None)
+    here = [found for found in reversed(versions_of("decoding")) if found.why_not(gpu) is None]
+    # where nobody serves the call, the newest says which argument is wrong
+    chosen = next((found for found in here if found.why_not_call(q, k, v, **arguments) is None), here[0])
     return chosen.call(q, k, v, **arguments)
