@@ -16,15 +16,32 @@ def first_visible_key(starts, off_b, len_k, seqlen_q, window_left):
 
 
 @triton.jit
-def pages_of(table, offs_n, end, PAGE_SIZE: tl.constexpr):
-    """Pages of the keys offs_n, -1 at `end` and past it, where the table is not read; table is the sequence's row."""
-    return tl.load(table + offs_n // PAGE_SIZE, mask=offs_n < end, other=-1)
+def pages_of(table, offs_n, end, num_pages, PAGE_SIZE: tl.constexpr):
+    """Pages of the keys offs_n, by the sequence's row of the table, which is not read for keys from `end` on.
+
+    -1 for those keys, and for entries that are no page of the cache.
+    """
+    entries = (offs_n.to(tl.uint32) // PAGE_SIZE).to(tl.int32)  # a shift; of a signed number it would be four steps
+    pages = tl.load(table + entries, mask=offs_n < end, other=-1)
+    return tl.where(pages < num_pages, tl.maximum(pages, -1), -1)
+
+
+@triton.jit
+def pages_are_missing(table, lo, hi, num_pages, PAGE_SIZE: tl.constexpr, ENTRIES: tl.constexpr = 128):
+    """Whether some key of lo..hi has no page: looked at apart, since a loop that also counts loads each page twice."""
+    missing = tl.zeros([ENTRIES], tl.int32)
+    end = tl.where(lo < hi, tl.cdiv(hi, PAGE_SIZE), 0)
+    for start in tl.range(lo // PAGE_SIZE, end, ENTRIES, num_stages=1):
+        offs = start + tl.arange(0, ENTRIES)
+        pages = tl.load(table + offs, mask=offs < end, other=0)
+        missing |= ((offs < end) & ((pages < 0) | (pages >= num_pages))).to(tl.int32)
+    return tl.max(missing, 0) > 0
 
 
 @triton.jit
 def page_rows(X, stride, pages, offs_n, PAGE_SIZE: tl.constexpr):
-    """Addresses of the keys offs_n, which lie in `pages`; X is the head's cache, stride (page, head, row, 1)."""
-    return X + pages.to(tl.int64) * stride[0] + offs_n % PAGE_SIZE * stride[2]
+    """X, a head's cache or 0, advanced to the keys offs_n, which lie in `pages`; stride (page, head, row, 1)."""
+    return X + pages.to(tl.int64) * stride[0] + (offs_n & (PAGE_SIZE - 1)) * stride[2]
 
 
 @triton.jit
@@ -42,8 +59,8 @@ def append_rows(
     if table is None:
         rows = X + off_b.to(tl.int64) * stride[0] + offs_n.to(tl.int64) * stride[2]
     else:
-        pages = tl.load(table + offs_n // PAGE_SIZE, mask=mask, other=-1)
-        mask = mask & (pages >= 0) & (pages < num_pages)
+        pages = pages_of(table, tl.where(mask, offs_n, hi), hi, num_pages, PAGE_SIZE)
+        mask = pages >= 0
         rows = page_rows(X, stride, pages, offs_n, PAGE_SIZE)
     mask_d = mask[:, None] & (offs_d < HEAD_DIM)[None, :]
     new = tl.load(New + offs_new.to(tl.int64)[:, None] * stride_new[2] + offs_d[None, :], mask=mask_d, other=0.0)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common.caches import append_rows, first_visible_key, page_rows, pages_of
+from common.caches import append_rows, first_visible_key, page_rows, pages_are_missing, pages_of
 from common.hardware import detect_gpu
 from common.launch import Tiles, block_d, cdiv, launch, tuned_tiles
 from common.lineage import Requires, Version
@@ -27,6 +27,7 @@ from common.tickets import tickets
 MOST_ROWS = {2: 64, 4: 16}  # of a tile, by the bytes of an element: float32 products take registers, not tensor cores
 MERGE_WIDTH = 512  # rows * BLOCK_D that the merge takes in at a time, and values a warp
 REGISTERS = 160  # a thread, so that three programs of four warps have room on an SM, whatever the merge would like
+REGISTERS_PAGED = 168  # the most of which that is true
 
 
 @triton.jit(do_not_specialize=["seqlen_k", "num_splits", "num_pages", "window_left"])
@@ -43,6 +44,7 @@ def split_kernel(
     heads_q, heads_kv, seqlen_q, seqlen_k, num_splits, scale, window_left, num_pages,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     ROWS: tl.constexpr, PARTS: tl.constexpr, PAGE_SIZE: tl.constexpr, NEW_ROWS: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,  # of k and v
 ):  # fmt: skip
     """Some of the rows that share a KV head over one split of its keys; the last split to finish merges all."""
     rows = heads_q // heads_kv * seqlen_q  # head by head, all queries of each
@@ -88,9 +90,6 @@ def split_kernel(
         V += off_b.to(tl.int64) * stride_v[0] + lo.to(tl.int64) * stride_v[2]
         k_ptrs = K + tl.arange(0, BLOCK_N)[:, None] * stride_k[2] + offs_d[None, :]
         v_ptrs = V + tl.arange(0, BLOCK_N)[:, None] * stride_v[2] + offs_d[None, :]
-    else:  # v4
-        pages = pages_of(table, offs_n, hi, PAGE_SIZE)  # [BLOCK_N]
-        outside = tl.zeros([BLOCK_N], tl.int32)
     q = tl.load(q_rows[:, None] + offs_d[None, :], mask=mask_q, other=0.0)  # [BLOCK_M, BLOCK_D]
 
     KEYS: tl.constexpr = 0 if BLOCK_M == 1 else 1  # the axis of the scores that keys run along
@@ -100,11 +99,12 @@ def split_kernel(
     for _ in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
         here = offs_n < hi
         if BlockTable is not None:  # v4
-            here = (pages >= 0) & (pages < num_pages)
-            outside |= ((offs_n < hi) & (here == 0)).to(tl.int32)
-            k_ptrs = page_rows(K, stride_k, pages, offs_n, PAGE_SIZE)[:, None] + offs_d[None, :]
-            v_ptrs = page_rows(V, stride_v, pages, offs_n, PAGE_SIZE)[:, None] + offs_d[None, :]
-            pages = pages_of(table, offs_n + BLOCK_N, hi, PAGE_SIZE)  # of the next turn
+            pages = pages_of(table, offs_n, hi, num_pages, PAGE_SIZE)  # [BLOCK_N]
+            here = pages >= 0
+            k_rows = page_rows(0, stride_k, pages, offs_n, PAGE_SIZE)
+            v_rows = k_rows if SAME_STRIDES else page_rows(0, stride_v, pages, offs_n, PAGE_SIZE)
+            k_ptrs = K + (k_rows[:, None] + offs_d[None, :])
+            v_ptrs = V + (v_rows[:, None] + offs_d[None, :])
         mask = here[:, None] & mask_d[None, :]
         k = tl.load(k_ptrs, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
         v = tl.load(v_ptrs, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
@@ -134,7 +134,7 @@ def split_kernel(
             v_ptrs += BLOCK_N * stride_v[2]
 
     if BlockTable is not None:  # v4: said aloud, where nobody could refuse it
-        l_i = tl.where(tl.max(outside, 0) > 0, float("nan"), l_i)
+        l_i = tl.where(pages_are_missing(table, lo, hi, num_pages, PAGE_SIZE), float("nan"), l_i)
     out = tl.where(l_i == 0.0, 0.0, 1.0 / l_i)[:, None] * acc
     lse = m_i + tl.log(l_i)  # -inf for a row without keys
     first_row = kv_head.to(tl.int64) * rows
@@ -229,7 +229,8 @@ def call_flash_decoding_v4(
         size = p.batch * p.heads_kv * splits * rows * (p.head_dim + 1)
         parts = torch.empty(size, dtype=torch.float32, device=p.q.device)
     rows_merged = min(MERGE_WIDTH // width, 1 << (rows - 1).bit_length())
-    limit = {"maxnreg": REGISTERS} if block_m == 16 and num_warps == 4 and has_register_limit(p) else {}
+    registers = REGISTERS if p.block_table is None else REGISTERS_PAGED
+    limit = {"maxnreg": registers} if block_m == 16 and num_warps == 4 and has_register_limit(p) else {}
     table, k_new, v_new = p.block_table, p.k_new, p.v_new
     launch(
         split_kernel, (programs, splits), p.q.device, p.q, p.k, p.v, p.out, p.lse, parts,
@@ -237,8 +238,9 @@ def call_flash_decoding_v4(
         p.v.stride(), p.out.stride(), *(None if x is None else x.stride() for x in (k_new, v_new)),
         None if table is None else table.stride(0), p.heads_q, p.heads_kv, p.seqlen_q, p.seqlen_k, splits, p.scale,
         p.window_left, p.k.shape[0], HEAD_DIM=p.head_dim, BLOCK_D=width, BLOCK_M=block_m, BLOCK_N=block_n,
-        STAGES=num_stages, ROWS=rows_merged, PARTS=MERGE_WIDTH * num_warps // (rows_merged * width),
-        PAGE_SIZE=p.page_size, NEW_ROWS=1 << (p.seqlen_q - 1).bit_length(), num_warps=num_warps, **limit,
+        STAGES=num_stages + 2 * (table is not None), ROWS=rows_merged, PARTS=MERGE_WIDTH * num_warps // (rows_merged * width),
+        PAGE_SIZE=p.page_size, NEW_ROWS=1 << (p.seqlen_q - 1).bit_length(), SAME_STRIDES=p.k.stride() == p.v.stride(),
+        num_warps=num_warps, **limit,
     )  # fmt: skip
     return problem.result()
 
