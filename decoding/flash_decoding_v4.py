@@ -177,7 +177,8 @@ def tiles_for(problem: AttentionProblem) -> Tiles:
     """About 16 KB of K and as much of V a block, in two buffers where shared memory is large."""
     block_n = max(16, min(256, 16384 // (block_d(problem) * problem.dtype.itemsize)))
     if problem.dtype == torch.float32:
-        own = Tiles(1, block_n, 4, 2) if problem.group * problem.seqlen_q == 1 else Tiles(16, block_n, 8, 2)
+        warps = 4 if problem.block_table is None else 8  # v4: which have room for the addresses
+        own = Tiles(1, block_n, warps, 2) if problem.group * problem.seqlen_q == 1 else Tiles(16, block_n, 8, 2)
     else:
         own = Tiles(16, block_n, 4, 3 if has_large_shared_memory(problem) else 2)
     return tuned_tiles("decoding v4", problem) or own
@@ -191,6 +192,14 @@ def has_register_limit(problem: AttentionProblem) -> bool:
     """On NVIDIA's GPUs, but for those of sm_100, where the compiler needs none, and spills with one."""
     gpu = detect_gpu(problem.q.device)
     return gpu.backend == "cuda" and gpu.arch != "sm_100"
+
+
+def stages_of_pages(problem: AttentionProblem) -> int:
+    """v4: further stages, in which page numbers arrive, so that as many blocks of keys as without pages are on the way.
+
+    None on AMD's GPUs, whose shared memory is full.
+    """
+    return 2 if problem.block_table is not None and detect_gpu(problem.q.device).backend != "hip" else 0
 
 
 def rows_of_a_tile(problem: AttentionProblem, least: int) -> int:
@@ -238,7 +247,7 @@ def call_flash_decoding_v4(
         p.v.stride(), p.out.stride(), *(None if x is None else x.stride() for x in (k_new, v_new)),
         None if table is None else table.stride(0), p.heads_q, p.heads_kv, p.seqlen_q, p.seqlen_k, splits, p.scale,
         p.window_left, p.k.shape[0], HEAD_DIM=p.head_dim, BLOCK_D=width, BLOCK_M=block_m, BLOCK_N=block_n,
-        STAGES=num_stages + 2 * (table is not None), ROWS=rows_merged, PARTS=MERGE_WIDTH * num_warps // (rows_merged * width),
+        STAGES=num_stages + stages_of_pages(p), ROWS=rows_merged, PARTS=MERGE_WIDTH * num_warps // (rows_merged * width),
         PAGE_SIZE=p.page_size, NEW_ROWS=1 << (p.seqlen_q - 1).bit_length(), SAME_STRIDES=p.k.stride() == p.v.stride(),
         num_warps=num_warps, **limit,
     )  # fmt: skip

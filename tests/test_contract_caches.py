@@ -184,8 +184,8 @@ def test_window(version, seqlen_q, device):
 
 
 @every_version
-@pytest.mark.parametrize("page_size", [None, 1, 16])
-@pytest.mark.parametrize("heads_q, heads_kv, seqlen_q", [(2, 2, 1), (4, 2, 3), (9, 1, 16)])
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("heads_q, heads_kv, seqlen_q", [(2, 2, 1), (2, 1, 3), (5, 1, 16)])
 def test_append(version, page_size, heads_q, heads_kv, seqlen_q, device):
     """Append and attend is attend over the appended cache, to the bit; the cache then holds the new keys, and nothing
     else of it has changed. Sequences shorter than the queries; keys at the seam of two splits and of two pages.
@@ -207,7 +207,7 @@ def test_append(version, page_size, heads_q, heads_kv, seqlen_q, device):
             *caches, block_table = paged(*caches, lengths, page_size)
         before = [x.clone() for x in caches]
         arguments = dict(seqlens_k=ints(lengths, device), starts=starts, block_table=block_table)
-        for splits in (1, 2, 5, 40):
+        for splits in (1, 5):
             options = arguments | dict(num_splits=splits, return_lse=True, tiles=small_tiles(version))
             skip_unless_served(version, q, *caches, k_new=new[0], v_new=new[1], **options)
             wanted, wanted_lse = call(version, q, *before, **options)

@@ -141,6 +141,77 @@ DECODING_ONLY = {
     "splits-float": (add(num_splits=2.0), ValueError, "num_splits: must be 1 to 65535, .* it is 2.0"),
 }  # fmt: skip
 
+NEW = {name: lambda device: torch.zeros(2, 2, 1, 16, dtype=torch.float16, device=device) for name in ("k_new", "v_new")}
+
+
+def pages(*entries, **options):
+    """k and v as 2 pages of 4 keys, with a block table; further arguments like add's."""
+    options = {"block_table": ints(*entries)} | options
+    return lambda a: add(**options)(a | {n: a[n][:, :, :4] for n in "kv"})
+
+
+def append(**options):
+    return lambda a: add(**(NEW | options))(a)
+
+
+# of caches: what v4 takes, and those before it do not
+CACHES = {
+    "window-number": (add(window=3), TypeError, r"window: must be a pair \(left, right\), it is 3"),
+    "window-negative": (add(window=(-1, 0)), ValueError, r"window: sides are counts of keys, .* it is \(-1, 0\)"),
+    "starts-list": (add(starts=[0, 0]), TypeError, r"starts: must be an int32 tensor \[2\], it is list"),
+    "starts-int64": (add(starts=ints(0, 0, dtype=torch.int64)), TypeError, "starts: must be int32, it is torch.int64"),
+    "starts-count": (add(starts=ints(0, 0, 0)), ValueError, r"starts: must have shape \[2\]"),
+    "starts-far": (add(starts=ints(0, 8)), ValueError, r"starts: first keys must lie in 0\.\.7, they .* 0 to 8"),
+    "starts-negative": (add(starts=ints(-2, 7)), ValueError, r"starts: first keys must lie in 0\.\.7, .* -2 to 7"),
+    "table-list": (
+        pages([0], [1], block_table=[[0], [1]]), TypeError, r"block_table: must be an int32 tensor \[2, .* it is list"
+    ),
+    "table-int64": (
+        pages([0], [1], block_table=ints([0], [1], dtype=torch.int64)), TypeError,
+        "block_table: must be int32, it is torch.int64",
+    ),
+    "table-rank": (pages(0, 1), ValueError, r"block_table: must be an int32 tensor \[2, pages .* has shape \[2\]"),
+    "table-batch": (pages([0, 1]), ValueError, r"block_table: must be an int32 tensor \[2, .* has shape \[1, 2\]"),
+    "table-elsewhere": (
+        pages([0], [1], block_table=ints([0], [1])("meta")), ValueError, "block_table: is on meta and q is on"
+    ),
+    "page-size": (add(block_table=ints([0], [1])), ValueError, "k: with a block_table .* power of two .*256, it is 7"),
+    "table-past": (
+        pages([0, 1], [1, 2], check_table=True), ValueError,
+        r"block_table: pages in use must lie in 0\.\.1, the one at \[1, 1\] is 2",
+    ),
+    "table-negative": (
+        pages([0, -1], [1, 0], seqlens_k=ints(5, 8), check_table=True), ValueError,
+        r"block_table: pages in use must lie in 0\.\.1, the one at \[0, 1\] is -1",
+    ),
+    "table-lengths": (
+        pages([0], [1], seqlens_k=ints(4, 5)), ValueError, r"seqlens_k: lengths must lie in 0\.\.4, they .* 4 to 5"
+    ),
+    "check-table": (pages([0], [1], check_table=1), TypeError, "check_table: must be True or False, it is 1"),
+    "k-new-alone": (add(k_new=NEW["k_new"]), TypeError, "v_new: must be a torch.Tensor, .* it is NoneType"),
+    "v-new-alone": (add(v_new=NEW["v_new"]), TypeError, "k_new: must be a torch.Tensor, .* it is NoneType"),
+    "new-dtype": (
+        append(k_new=lambda device: torch.zeros(2, 2, 1, 16, device=device)), TypeError,
+        "k_new: is torch.float32 and k is torch.float16",
+    ),
+    "new-shape": (
+        append(v_new=lambda device: torch.zeros(2, 2, 2, 16, dtype=torch.float16, device=device)), ValueError,
+        r"v_new: must have shape \[2, 2, 1, 16\], it has \[2, 2, 2, 16\]",
+    ),
+    "new-elsewhere": (append(k_new=NEW["k_new"]("meta")), ValueError, "k_new: is on meta and k is on"),
+    "new-grad": (
+        append(v_new=lambda device: NEW["v_new"](device).requires_grad_()), ValueError, "v_new: requires grad"
+    ),
+    "cache-strided": (
+        lambda a: append()(a | {"v": a["v"].repeat_interleave(2, -1)[..., ::2]}), ValueError,
+        "v: to be written its last dimension must be contiguous",
+    ),
+    "cache-expanded": (
+        lambda a: append()(a | {"k": a["k"][:1].expand(2, -1, -1, -1)}), ValueError,
+        "k: to be written its elements must not share memory",
+    ),
+}  # fmt: skip
+
 
 def arguments_of(case, device, dtype="fp16") -> dict:
     return dict(zip("qkv", case.tensors(dtype, device), strict=True))
@@ -156,6 +227,29 @@ def test_prefill_refuses(wrong, error, message, device):
 def test_decoding_refuses(wrong, error, message, device):
     with pytest.raises(error, match=message):
         AttentionProblem.decoding(**wrong(arguments_of(DECODING, device)))
+
+
+@table("wrong, error, message", CACHES)
+def test_caches_refuse(wrong, error, message, device, launches):
+    """The entry point and v4 refuse before they launch, and the message is about the argument."""
+    arguments = wrong(arguments_of(DECODING, device))
+    for call in (AttentionProblem.decoding, find_version("decoding", "v4").call, decoding.flash_decoding):
+        with pytest.raises(error, match=message):
+            call(**arguments)
+    assert not launches
+
+
+GOOD_TABLES = {
+    "unused": pages([0, -1], [1, 99], seqlens_k=ints(4, 0), check_table=True),
+    "before-window": pages([7, 0], [-1, 1], seqlens_k=ints(8, 6), window=(1, 0), check_table=True),
+    "before-starts": pages([7, 0], [-1, -1], starts=ints(4, 8), check_table=True),
+    "no-entries": pages([], [], check_table=True),
+}
+
+
+@table("good", GOOD_TABLES)
+def test_entries_that_nobody_follows_are_not_refused(good, device):
+    AttentionProblem.decoding(**good(arguments_of(DECODING, device)))
 
 
 AT_THE_DOOR = ("k-dtype", "heads-no-multiple", "requires-grad", "scale-nan", "seqlens-long", "out-dtype")

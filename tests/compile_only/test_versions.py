@@ -3,10 +3,21 @@
 import re
 
 import pytest
+import torch
 
 from bench.disassembly import main_loops
-from bench.machine_code import ROOT, CompileError, case_for, compile_version, facts, source_lines, why_not
-from common.hardware import KNOWN
+from bench.machine_code import (
+    ROOT,
+    CompileError,
+    _examined,
+    case_for,
+    compile_version,
+    facts,
+    recorded_launches,
+    source_lines,
+    why_not,
+)
+from common.hardware import KNOWN, pretend, target_of
 from common.lineage import FAMILIES, find_version, triton_version, versions_of
 
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -65,6 +76,50 @@ def test_default_tiles(cell):
     if arch.startswith("sm") and head_dim == 128:  # were a loop unrolled by ptxas, this would be more
         written = first.stage("ptx").count("ex2.approx")  # a few of which nobody uses
         assert 0.98 * written <= sum(i.kind == "exponentials" for i in first.code.instructions) <= written
+
+
+def compiled_pages(version, arch, dtype, head_dim, page_size, seqlen_q, **more):
+    """The kernel of one call over pages, compiled through the version's own launch; more: "append", "window"."""
+    gpu, element = KNOWN[arch], {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+
+    def rows(*shape):
+        return torch.empty(*shape, head_dim, dtype=element, device="meta").transpose(1, 2)
+
+    def integers(*shape):
+        return torch.empty(*shape, dtype=torch.int32, device="meta")
+
+    q, cache = rows(2, seqlen_q, 32), rows(8192, page_size, 8)
+    options = {"seqlens_k": integers(2), "block_table": integers(2, 65536 // page_size)}
+    if more.get("append"):
+        options |= {"k_new": rows(2, seqlen_q, 8), "v_new": rows(2, seqlen_q, 8)}
+    if more.get("window"):
+        options |= {"starts": integers(2), "window": (4096, 0)}
+    with pretend(gpu), recorded_launches(target_of(gpu)) as launches:
+        version.call(q, cache, cache, **options)
+    case = case_for(version, arch, dtype=dtype, head_dim=head_dim)
+    return _examined(case, launches[0][0], True, *launches[0][1:])
+
+
+PAGED = [
+    *[(arch, "fp16", d, 16, 1, {}) for arch in ("sm_80", "sm_90", "sm_120", "gfx942") for d in (64, 128, 256)],
+    *[("sm_90", "bf16", 128, page_size, 1, {}) for page_size in (1, 64, 256)],
+    ("sm_90", "fp32", 128, 16, 1, {}), ("sm_90", "fp16", 128, 16, 1, {"append": True}),
+    ("sm_90", "fp16", 128, 16, 1, {"window": True}), ("sm_90", "fp16", 128, 16, 4, {"append": True, "window": True}),
+]  # fmt: skip
+PAGED_VERSIONS = [version for version in versions_of("decoding") if "block_table" in version.takes]
+
+
+@pytest.mark.parametrize("version", PAGED_VERSIONS, ids=lambda version: version.name)
+@pytest.mark.parametrize("arch, dtype, head_dim, page_size, seqlen_q, more", PAGED)
+def test_pages(version, arch, dtype, head_dim, page_size, seqlen_q, more):
+    """No spills, 64-bit offsets; on sm_90 K and V are copied blocks ahead: a wait that leaves copies under way."""
+    kernel = compiled_pages(version, arch, dtype, head_dim, page_size, seqlen_q, **more)
+    found = facts(kernel)
+    assert found["spills"] == 0 and found["shared"] <= found["shared_limit"], found
+    assert narrow_offsets(kernel.stage("ttir"), dtype) == []
+    if arch == "sm_90" and dtype != "fp32":
+        loop = kernel.stage("ttgir").split("scf.for", 1)[1]
+        assert int(re.search(r"ttg.async_wait .*?num = (\d+)", loop)[1]) >= 2
 
 
 ELEMENT = {"fp16": "f16", "bf16": "bf16", "fp32": "f32", "e4m3": "f8E4M3FN", "e5m2": "f8E5M2"}
