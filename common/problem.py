@@ -225,8 +225,8 @@ class AttentionProblem:
         page_size = self.seqlen_k
         if page_size not in PAGE_SIZES:
             raise ValueError(
-                f"k: with a block_table must be [pages, Hkv, page_size, D] with a page_size of a power of two from 1 to "
-                f"{PAGE_SIZES[-1]}, it is {page_size}"
+                f"k: with a block_table must be [pages, Hkv, page_size, D] with a page_size that is a power of two "
+                f"from 1 to {PAGE_SIZES[-1]}, it is {page_size}"
             )
         self.seqlen_k = table.shape[1] * page_size
         if self.seqlen_k > MAX_SEQLEN:
@@ -361,7 +361,10 @@ _in_range: dict[int, tuple[weakref.ref, int, int]] = {}
 
 
 def _check_range(name: str, lengths: torch.Tensor, longest: int):
-    """Lengths (or first keys) lie in 0..longest. Reads the device once for each tensor and change of it, never in a graph capture."""
+    """Lengths, or first keys, lie in 0..longest.
+
+    Reads the device once for each tensor and change of it, never in a graph capture.
+    """
     if lengths.device.type == "meta" or lengths.numel() == 0:
         return
     version = None if lengths.is_inference() else lengths._version

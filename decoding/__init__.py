@@ -19,10 +19,10 @@ def flash_decoding(
     out: preallocated output. version: "v1", say, instead of the newest.
 
     From v4 on:
-    block_table: int32 [B, max_pages], for caches in pages: k and v are then [pages, Hkv, page_size, D], any strides (one
-      stored as [pages, page_size, Hkv, D] is passed as k.transpose(1, 2)), page_size a power of two from 1 to 256. Key n
-      of sequence b is row n % page_size of page block_table[b, n // page_size]. Entries that no query needs, past the
-      length, before starts or the window, may be anything and are not followed. An entry in use that is no page is
+    block_table: int32 [B, max_pages], for caches in pages: k and v are then [pages, Hkv, page_size, D], any strides
+      (stored as [pages, page_size, Hkv, D] it is passed as k.transpose(1, 2)), page_size a power of two from 1 to 256.
+      Key n of sequence b is row n % page_size of page block_table[b, n // page_size]. Entries that no query needs, past
+      the length, before starts or the window, may be anything and are not followed. An entry in use that is no page is
       refused where the table is on the CPU, or with check_table=True, which reads the table back and so waits for the
       GPU, too long for every step; otherwise it is not followed either, and that sequence's output is NaN.
     window: (left, right): a query sees `left` keys before its own position, None is no bound; right changes nothing,

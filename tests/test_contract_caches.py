@@ -308,7 +308,8 @@ def ragged(draw):
     seqlen_k = draw(st.integers(1, 150))
     lengths = tuple(draw(st.integers(0, seqlen_k)) for _ in range(batch))
     starts = draw(st.one_of(st.none(), st.just([draw(st.integers(0, seqlen_k)) for _ in range(batch)])))
-    case = Case(batch, heads_kv * draw(st.integers(1, 3)), heads_kv, seqlen_q, seqlen_k, draw(st.sampled_from([16, 40])))
+    heads_q, head_dim = heads_kv * draw(st.integers(1, 3)), draw(st.sampled_from([16, 40]))
+    case = Case(batch, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim)
     window = draw(st.one_of(st.none(), st.tuples(st.integers(0, 80), st.just(0))))
     return case, lengths, starts, draw(st.sampled_from([1, 2, 8, 16, 64])), window
 
