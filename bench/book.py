@@ -20,9 +20,10 @@ from common.lineage import versions_of
 METRIC = {"prefill": ("tflops", "TFLOP/s"), "decoding": ("gbps", "GB/s")}
 TIMING = {"prefill": "events", "decoding": "graph"}  # what a family's speed means where nothing else is said
 CEILING = {"prefill": "matmul", "decoding": "read"}
-OWN, PARENT = "own tiles", "parent tiles"
+OWN, PARENT, PLAN = "own tiles", "parent tiles", "plan"
 HALF = ("fp16", "bf16")
 FIRST_STEP = "eager"  # what the first version is compared with
+NEAR = 2.2  # a size is compared with a ceiling measured at most so many times larger or smaller
 
 
 class Cell(NamedTuple):
@@ -61,11 +62,19 @@ class Cell(NamedTuple):
         if family == "prefill":
             parts += [f"Sq={short(self.seqlen_q)}"] if self.seqlen_q != self.seqlen_k else []
             parts += [self.mask]
+        elif self.seqlen_q > 1:
+            parts += [f"Sq={self.seqlen_q}"]
         parts += [f"B={self.batch}", f"H={self.heads}"]
         parts += ["ragged"] if self.lengths else []
         parts += [self.layout] if self.layout not in (None, "bshd") else []
         parts += [f"page {self.page_size}"] if self.page_size else []
         return " ".join(parts)
+
+    @property
+    def plain(self) -> bool:
+        """Every row over all keys up to its own, contiguous; in decoding one query."""
+        several = 1 < self.seqlen_q < self.seqlen_k and self.causal
+        return not (several or self.window or self.lengths or self.page_size)
 
 
 def mark_stale(records: Iterable[Record]) -> list[Record]:
@@ -121,7 +130,7 @@ class Book:
         self.cells = sorted({Cell.of(r) for r in self.records}, key=_order)
 
     def _key(self, record):
-        variant = PARENT if record.get("variant") == PARENT else OWN
+        variant = record["variant"] if record.get("variant") in (PARENT, PLAN) else OWN
         return record["version"], variant, record.get("timing") or TIMING[self.family], Cell.of(record)
 
     def runs(self, who: str, cell: Cell, variant: str = OWN, timing: str | None = None) -> dict[str, Record]:
@@ -177,13 +186,15 @@ class Book:
 
     def ceiling(self, record: Record) -> Record | None:
         """The ceiling record of the same run: for prefill the matrix product in the record's dtype, for decoding the
-        read-only kernel nearest in size."""
+        read-only kernel nearest in size; None where that is not near."""
         found = [c for c in self.ceilings if c["run_id"] == record["run_id"] and c.get(self.metric)]
         if self.family == "prefill":
             dtype = "e4m3" if record["dtype"] == "e5m2" else record["dtype"]  # there is no product of two e5m2 matrices
             return next((c for c in reversed(found) if c["dtype"] == dtype), None)  # a run's last one has most samples
-        size = math.log(kv_bytes(record))
-        return min(reversed(found), key=lambda c: abs(math.log(c.get("bytes") or 2**62) - size), default=None)
+        size = kv_bytes(record)
+        far = {id(c): abs(math.log(c["bytes"] / size)) if c.get("bytes") and size else 0.0 for c in found}
+        best = min(reversed(found), key=lambda c: far[id(c)], default=None)
+        return best if best and far[id(best)] <= math.log(NEAR) else None
 
     def of_ceiling(self, record: Record | None) -> float | None:
         """Speed as a share of the ceiling; it may pass 1."""
@@ -194,7 +205,7 @@ class Book:
         """The cell of the headline: D=128, S=8k, full (decoding: 16 heads of 64, 64k keys) where it was measured, else
         the one with the most versions, then the longest sequence."""
         wanted = (2, 16, 128, 8192, False) if self.family == "prefill" else (1, 16, 64, 65536, False)
-        cells = [c for c in self.cells if c.dtype == dtype and not c.window and not c.lengths]
+        cells = [c for c in self.cells if c.dtype == dtype and c.plain]
         count = {c: sum(self.latest(v, c) is not None for v in self.versions) for c in cells}
         same = [(c.batch, c.heads_q, c.head_dim, c.seqlen_k, c.causal) == wanted for c in cells]
         rank = {
@@ -211,9 +222,9 @@ def _order(cell: Cell) -> tuple:
 
 
 def kv_bytes(record: Record) -> int:
-    """Bytes of K and V."""
-    sizes = (record[name] for name in ("batch", "heads_kv", "seqlen_k", "head_dim"))
-    return 2 * math.prod(sizes) * ITEMSIZE[record["dtype"]]
+    """Bytes of K and V, of a ragged batch those that count."""
+    keys = sum(record.get("lengths") or ()) or record["batch"] * record["seqlen_k"]
+    return 2 * record["heads_kv"] * keys * record["head_dim"] * ITEMSIZE[record["dtype"]]
 
 
 class Sweep(NamedTuple):
@@ -226,7 +237,7 @@ class Sweep(NamedTuple):
     heads_kv: int
     batch: int | None
     tokens: int | None
-    rest: tuple  # window, lengths, layout, page_size
+    rest: tuple  # window, lengths, layout, page_size, queries where they are several in decoding
 
     @property
     def size(self) -> str:
@@ -239,7 +250,11 @@ class Sweep(NamedTuple):
     def label(self, family: str = "prefill") -> str:
         """ "fp16, D=128, causal, 16 heads, 16k tokens"."""
         mask = [("causal" if self.causal else "full") + (f" window {self.rest[0]}" if self.rest[0] else "")]
-        extra = ["ragged"] * bool(self.rest[1]) + [str(r) for r in self.rest[2:] if r not in (None, "bshd")]
+        _, lengths, layout, page_size, queries = self.rest
+        extra = ["ragged"] if lengths else []
+        extra += [layout] if layout not in (None, "bshd") else []
+        extra += [f"page {page_size}"] if page_size else []
+        extra += [f"{queries} queries"] if queries else []
         mask = mask if family == "prefill" else []
         return ", ".join([self.dtype, f"D={self.head_dim}", *mask, self.heads, self.size, *extra])
 
@@ -250,7 +265,8 @@ def sweeps(cells: Iterable[Cell]) -> dict[Sweep, list[Cell]]:
     alike = defaultdict(list)
     for cell in cells:
         same_q = cell.seqlen_q == cell.seqlen_k or cell.seqlen_q
-        alike[(*cell[:3], cell.heads_q, cell.heads_kv, cell[8:], same_q)].append(cell)
+        rest = (*cell[8:], cell.seqlen_q if cell.causal and 1 < cell.seqlen_q < cell.seqlen_k else None)
+        alike[(*cell[:3], cell.heads_q, cell.heads_kv, rest, same_q)].append(cell)
     found = defaultdict(list)
     for (dtype, head_dim, causal, heads_q, heads_kv, rest, _), group in alike.items():
         for cell in group:

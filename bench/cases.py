@@ -12,12 +12,14 @@ FP8 = ("e4m3", "e5m2")
 LAYOUTS = ("bshd", "bhsd")
 TOKENS = 16384  # tokens in a batch, and width of a layer, of the papers' sweeps
 HIDDEN = 2048
+PAGE_SIZES = tuple(2**i for i in range(9))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem. seqlen_q is 1 in decoding; lengths are the true key lengths of a padded batch, or None; window is
-    (left, right), inclusive, None for no bound; layout, the order in memory, is "bshd" or "bhsd"; preset is its origin.
+    """One problem. lengths are the true key lengths of a padded batch, or None; window is (left, right), inclusive,
+    None for no bound; layout, the order in memory, is "bshd" or "bhsd"; page_size: keys of a page, for caches in pages;
+    preset is its origin. In decoding an 8-bit dtype is that of the caches: queries and output have 16 bits.
     """
 
     family: str
@@ -33,6 +35,7 @@ class Case:
     lengths: tuple[int, ...] | None = None
     layout: str = "bshd"
     preset: str | None = None
+    page_size: int | None = None
 
     def visible_keys(self, len_k: int) -> tuple[np.ndarray, np.ndarray]:
         """For each of the seqlen_q rows the first key that it sees, and the one past the last. Bottom-right aligned."""
@@ -59,14 +62,24 @@ class Case:
     def bytes(self) -> int:
         """Q, the output (16 bits for 8-bit inputs), each key and value that some row sees: once, at the KV heads."""
         size = ITEMSIZE[self.dtype]
+        size_q = max(size, 2) if self.family == "decoding" else size
         rows = self.batch * self.heads_q * self.seqlen_q
         keys = self.heads_kv * self._total(_reach)
-        return self.head_dim * (rows * (size + max(size, 2)) + 2 * keys * size)
+        return self.head_dim * (rows * (size_q + max(size, 2)) + 2 * keys * size)
+
+    @property
+    def plain(self) -> bool:
+        """Whether any library's attention takes it: no window, lengths or pages, in decoding one query a sequence."""
+        one = self.family == "prefill" or self.seqlen_q == 1
+        return one and not (self.window or self.lengths or self.page_size)
 
     def label(self) -> str:
         """Short name for people: "fp16 B=2 H=16 S=8k D=128 full"."""
         heads = str(self.heads_q) if self.heads_q == self.heads_kv else f"{self.heads_q}/{self.heads_kv}"
         mask = "" if self.family == "decoding" else (" causal" if self.causal else " full")
+        if self.family == "decoding":
+            mask += f" Sq={self.seqlen_q}" if self.seqlen_q > 1 else ""
+        mask += (" ragged" if self.lengths else "") + (f" page {self.page_size}" if self.page_size else "")
         return f"{self.dtype} B={self.batch} H={heads} S={short(self.seqlen_k)} D={self.head_dim}{mask}"
 
 
@@ -83,6 +96,17 @@ def _reach(first: np.ndarray, past: np.ndarray) -> int:
 def short(number: int) -> str:
     """16384 -> "16k", 1000 -> "1000"."""
     return f"{number // 1024}k" if number >= 1024 and number % 1024 == 0 else str(number)
+
+
+def ragged_lengths(batch: int, longest: int) -> tuple[int, ...]:
+    """Lengths from 1 to `longest`, each longer than the one before by the same factor, in a fixed random order.
+
+    So most sequences are short and a few hold most keys: of 64 up to 64k the longest alone holds a sixth of them.
+    """
+    if batch == 1:
+        return (longest,)
+    lengths = [round(longest ** (i / (batch - 1))) for i in range(batch)]
+    return tuple(int(lengths[i]) for i in np.random.default_rng(0).permutation(batch))
 
 
 def parse_size(text: str) -> int:
@@ -105,11 +129,19 @@ def _grid(**axes) -> list[dict]:
     return rows
 
 
-def _decoding_rows(dtypes, *shapes) -> list[dict]:
+def _decoding_rows(dtypes, *shapes, **more) -> list[dict]:
     names = ("batch", "heads_q", "heads_kv", "seqlen_k", "head_dim")
-    return [{"dtype": dtype} | dict(zip(names, shape, strict=True)) for dtype in dtypes for shape in shapes]
+    return [{"dtype": dtype} | dict(zip(names, shape, strict=True)) | more for dtype in dtypes for shape in shapes]
 
 
+# (batch, heads_q, heads_kv, seqlen_k, head_dim); keys and values of 34 to 1074 MB in 16 bits
+DECODING_SHAPES = (
+    (1, 16, 16, 8192, 64), (1, 16, 16, 65536, 64), (1, 32, 8, 8192, 128), (1, 32, 8, 65536, 128),
+    (1, 32, 8, 131072, 128), (16, 32, 8, 8192, 128), (64, 32, 8, 4096, 128), (128, 32, 8, 2048, 128),
+    (8, 64, 8, 32768, 128),
+)  # fmt: skip
+_LARGE = tuple(shape for shape in DECODING_SHAPES if shape[0] * shape[2] * shape[3] * shape[4] >= 2**26)  # 268 MB
+_STEPS = (16, 32, 8, 8192, 128)
 _PAPER_SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 PRESETS = {
     "prefill": {
@@ -130,20 +162,29 @@ PRESETS = {
         "quick": _grid(dtype=("fp16", "e4m3"), head_dim=(128,), causal=(False, True), seqlen_k=(2048, 8192)),
     },
     "decoding": {
-        "paper": _decoding_rows(
-            ("fp16",), (1, 16, 16, 8192, 64), (1, 16, 16, 65536, 64), (1, 32, 8, 8192, 128), (1, 32, 8, 65536, 128),
-            (1, 32, 8, 131072, 128), (16, 32, 8, 8192, 128), (64, 32, 8, 4096, 128), (128, 32, 8, 2048, 128),
-            (8, 64, 8, 32768, 128),
-        ),
+        "paper": [
+            *_decoding_rows(("fp16",), (1, 32, 8, 1024, 128), *DECODING_SHAPES),  # 1k: nothing but the launch
+            *_decoding_rows(("bf16",), *DECODING_SHAPES),
+            *_decoding_rows(("e4m3",), *_LARGE),
+            *_decoding_rows(("e5m2",), _STEPS),
+            *_decoding_rows(("fp16",), (1, 32, 8, 65536, 128), _STEPS, (64, 32, 8, 4096, 128), page_size=16),
+            *_decoding_rows(("fp16",), (64, 32, 8, 65536, 128), ragged=True),
+            *_decoding_rows(("fp16",), _STEPS, seqlen_q=4),
+        ],
         "seed": _decoding_rows(("fp32", "fp16"), (1, 16, 16, 8192, 64), (1, 16, 16, 65536, 64)),
-        "quick": _decoding_rows(("fp16",), (1, 16, 16, 65536, 64), (1, 32, 8, 8192, 128), (16, 32, 8, 8192, 128)),
+        "quick": [
+            *_decoding_rows(("fp16",), (1, 16, 16, 65536, 64), (1, 32, 8, 8192, 128), _STEPS),
+            *_decoding_rows(("e4m3",), _STEPS),
+            *_decoding_rows(("fp16",), _STEPS, page_size=16),
+        ],
     },
 }  # fmt: skip
 
 
 def cases_for(family: str, preset: str, layout: str = "bshd", **axes) -> list[Case]:
-    """The cases of a preset; each axis given (seqlen_k, head_dim, heads_q, heads_kv, batch, dtype, causal: sequences of
-    values) takes the place of the preset's own. heads_q without heads_kv means as many KV heads.
+    """The cases of a preset; each axis given (seqlen_k, head_dim, heads_q, heads_kv, batch, dtype, causal; in decoding
+    page_size, seqlen_q, ragged: sequences of values) takes the place of the preset's own. heads_q without heads_kv
+    means as many KV heads; ragged means ragged_lengths up to seqlen_k.
 
     Raises ValueError, naming what exists, for an unknown preset or dtype and for shapes that no kernel takes.
     """
@@ -171,8 +212,20 @@ def _case(family: str, preset: str, layout: str, row: dict) -> Case:
         raise ValueError(f"--head-dims {head_dim}: head dimensions reach from 1 to 256")
     if heads_q % heads_kv:
         raise ValueError(f"--heads {heads_q} is not a multiple of --heads-kv {heads_kv}")
-    seqlen_q = 1 if family == "decoding" else seqlen
-    causal = bool(row.get("causal")) and family == "prefill"  # the one row of a decoding step sees every key
+    if family == "prefill":
+        for flag, name in (("--page-size", "page_size"), ("--queries", "seqlen_q"), ("--ragged", "ragged")):
+            if row.get(name):
+                raise ValueError(f"{flag} belongs to decoding: prefill reads no cache")
+    if row.get("page_size") and row["page_size"] not in PAGE_SIZES:
+        raise ValueError(f"--page-size {row['page_size']}: pages hold a power of two, from 1 to {PAGE_SIZES[-1]} keys")
+    if family == "prefill":
+        causal = bool(row.get("causal"))
+        return Case(
+            family, dtype, batch, heads_q, heads_kv, seqlen, seqlen, head_dim, causal, layout=layout, preset=preset
+        )
+    seqlen_q = row.get("seqlen_q") or 1  # a single query sees every key; of several each sees keys up to its own
+    lengths = ragged_lengths(batch, seqlen) if row.get("ragged") else None
     return Case(
-        family, dtype, batch, heads_q, heads_kv, seqlen_q, seqlen, head_dim, causal, layout=layout, preset=preset
-    )
+        family, dtype, batch, heads_q, heads_kv, seqlen_q, seqlen, head_dim, causal=seqlen_q > 1, lengths=lengths,
+        layout=layout, preset=preset, page_size=row.get("page_size"),
+    )  # fmt: skip

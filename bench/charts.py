@@ -333,7 +333,8 @@ def _shapes_figure(book: Book, envs: dict):
     """Shapes measured at one length only, in the headline's dtype: a row each, speed to the right."""
     headline = book.headline()
     cells = [cells[0] for cells in sweeps_of(book.cells).values() if len(cells) == 1]
-    cells = sorted((c for c in cells if headline and c.dtype == headline.dtype), key=lambda c: (c.batch, c.seqlen_k, c))
+    cells = [cell for cell in cells if headline and cell.dtype == headline.dtype]
+    cells.sort(key=lambda cell: (cell.batch, cell.seqlen_k, str(cell)))
     if not cells:
         return None
     notes = ["Grey bars: peers, the fastest one named; dashed: the ceiling.", *_notes(book, envs, cells, None)]

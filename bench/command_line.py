@@ -64,6 +64,9 @@ def parser(family: str) -> argparse.ArgumentParser:
     shapes.add_argument("--dtypes", type=_words, metavar="X,..", help=", ".join(cases.DTYPES))
     shapes.add_argument("--causal", choices=("yes", "no", "both"), help="mask; a decoding step has none")
     shapes.add_argument("--layout", choices=cases.LAYOUTS, default="bshd", help="order in memory; default: bshd")
+    shapes.add_argument("--page-size", type=_sizes, metavar="N,..", help="decoding: caches in shuffled pages of N keys")
+    shapes.add_argument("--queries", type=_sizes, metavar="N,..", help="decoding: queries of a sequence, 1 to 16")
+    shapes.add_argument("--ragged", action="store_true", help="decoding: lengths from 1 to --seq-lens, most short")
     who = parser.add_argument_group("who is measured")
     who.add_argument("--versions", type=_words, metavar="v1,..", help="default: all")
     names = ", ".join(peer.name for peer in PEERS)
@@ -91,4 +94,5 @@ def axes(args: argparse.Namespace) -> dict:
     return {
         "layout": args.layout, "seqlen_k": args.seq_lens, "head_dim": args.head_dims, "heads_q": args.heads,
         "heads_kv": args.heads_kv, "batch": args.batch, "dtype": args.dtypes, "causal": masks[args.causal],
+        "page_size": args.page_size, "seqlen_q": args.queries, "ragged": (True,) if args.ragged else None,
     }  # fmt: skip

@@ -21,6 +21,7 @@ from common.lineage import Version, find_version, parent_of
 from common.reference import eager_attention
 
 OWN, PARENT = "own tiles", "parent tiles"
+PLAN = "plan"  # own tiles, called through a plan object, which did all that can be done once
 
 
 class NotHere(Exception):
@@ -29,8 +30,8 @@ class NotHere(Exception):
 
 @dataclass(frozen=True)
 class Entrant:
-    """Who is measured: role "version" or "peer", name "v2" or "fa3", variant OWN or PARENT (peers: OWN); process is the
-    name of the process that it runs in.
+    """Who is measured: role "version" or "peer", name "v2" or "fa3", variant OWN, PARENT or PLAN (peers: OWN); process
+    is the name of the process that it runs in.
     """
 
     role: str
@@ -69,12 +70,45 @@ def bind_version(version: Version, variant: str, inputs: Inputs) -> Bound:
     tensors, options = inputs.version_arguments()
     if reason := version.why_not_call(*tensors, **options):
         raise NotHere(reason)
+    if variant == PLAN:
+        return _plan(version, tensors, options)
     problem = inputs.problem()
     tiles = _tiles(version, variant, inputs.case, problem)
     if variant == PARENT:
         options["tiles"] = tiles
     call = functools.partial(version.call, *tensors, **options)
     return Bound(lambda out: call(out=out), torch.empty_like(problem.out), _config(version, tiles, problem))
+
+
+def why_not_case(version: Version, case: Case) -> str | None:
+    """Why a version does not take a case, as far as that can be told without its tensors; None where it can."""
+    if not (version.fp8 if case.dtype in FP8 else version.half):
+        return "has no FP8 path" if case.dtype in FP8 else "takes FP8 alone"
+    if case.family == "prefill":
+        return None
+    if case.seqlen_q > version.most_queries:
+        return f"takes {version.most_queries} queries of a sequence at most"
+    return version.lacks(block_table=case.page_size, window=case.window)
+
+
+def no_plans() -> str | None:
+    """Why no version is called through a plan object, or None."""
+    import decoding
+
+    return None if hasattr(decoding, "plan_decoding") else "decoding has no plan_decoding"
+
+
+def _plan(version: Version, tensors: tuple, options: dict) -> Bound:
+    """A decoding step as it is repeated: planned once for the shapes, the output allocated by each call."""
+    if reason := no_plans():
+        raise NotHere(reason)
+    from decoding import plan_decoding
+
+    try:
+        plan = plan_decoding(*tensors, **options, version=version.name)
+    except ValueError as reason:
+        raise NotHere(f"has no plan: {reason}") from None
+    return Bound(lambda out: plan(*tensors))
 
 
 def _config(version: Version, tiles, problem) -> dict:
@@ -136,12 +170,18 @@ def _flash_attn(module: str) -> Callable[[Inputs], Bound]:
 
     def bind(inputs: Inputs) -> Bound:
         library, case = importlib.import_module(module), inputs.case
-        tensors = [x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v)]
         if case.family == "decoding":
+            (k, v), options = inputs.cache
+            tensors, lengths = [x.transpose(1, 2) for x in (inputs.q, k, v)], inputs.seqlens_k
+            if case.page_size:
+                options = {"page_table": options["block_table"]}
+                if lengths is None:  # a table's row may hold more keys than the sequence
+                    lengths = torch.full((case.batch,), case.seqlen_k, dtype=torch.int32, device=k.device)
             call = functools.partial(
-                library.flash_attn_with_kvcache, *tensors, cache_seqlens=inputs.seqlens_k, causal=False
+                library.flash_attn_with_kvcache, *tensors, cache_seqlens=lengths, causal=case.causal, **options
             )
         else:
+            tensors = [x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v)]
             call = functools.partial(library.flash_attn_func, *tensors, causal=case.causal)
         return Bound(lambda out: _first(call()).transpose(1, 2))
 
@@ -187,7 +227,8 @@ def _cudnn_fp8(inputs: Inputs) -> Bound:
 class Peer:
     """A library's attention. modules: what must be importable. process: providers that load another CUDA runtime get a
     process of their own. one_sequence: batch 1 only; grouped: takes fewer KV heads than query heads; top_left: aligns
-    causal at the top left, so that it agrees with us only where Sq = Sk.
+    causal at the top left, so that it agrees with us only where Sq = Sk. masks: windows and lengths, in both families;
+    lengths, pages: in decoding.
     """
 
     name: str
@@ -201,6 +242,8 @@ class Peer:
     grouped: bool = True
     top_left: bool = False
     masks: bool = False
+    lengths: bool = False
+    pages: bool = False
     slow_start: float = 0.0  # seconds of compilation at each new shape
 
     def absent(self) -> str | None:
@@ -222,8 +265,14 @@ class Peer:
             return "takes as many KV heads as query heads"
         if self.top_left and case.causal and case.seqlen_q != case.seqlen_k:
             return "aligns causal at the top left"
-        if not self.masks and (case.window or case.lengths):
-            return "takes neither window nor lengths here"
+        if case.window and not self.masks:
+            return "takes no window here"
+        if case.lengths and not (self.masks or self.lengths and case.family == "decoding"):
+            return "takes no lengths here"
+        if case.page_size and not self.pages:
+            return "takes no pages here"
+        if self.one_sequence and case.family == "decoding" and case.seqlen_q > 1:
+            return "takes one query here"
         return None
 
 
@@ -231,7 +280,7 @@ _ALL = ("fp16", "bf16", "fp32")
 PEERS = (
     Peer(
         "fa3", "FlashAttention-3", _flash_attn("flash_attn_interface"), modules=("flash_attn_interface",),
-        process="fa3",
+        process="fa3", lengths=True, pages=True,
     ),
     Peer("cudnn", "SDPA, cuDNN", _sdpa("CUDNN_ATTENTION"), top_left=True),
     Peer(
@@ -239,7 +288,9 @@ PEERS = (
         modules=("cudnn", "cudnn_fp8"), process="cudnn", grouped=False, top_left=True,
     ),
     Peer("fa2", "SDPA, FlashAttention-2", _sdpa("FLASH_ATTENTION"), top_left=True),
-    Peer("flash_attn", "FlashAttention-2, flash_attn", _flash_attn("flash_attn"), modules=("flash_attn",)),
+    Peer(
+        "flash_attn", "FlashAttention-2, flash_attn", _flash_attn("flash_attn"), modules=("flash_attn",), lengths=True,
+    ),
     Peer("flashinfer", "FlashInfer", _flashinfer, modules=("flashinfer",), one_sequence=True),
     Peer("flex", "FlexAttention, compiled", _flex, families=("prefill",), slow_start=6.0),
     Peer(

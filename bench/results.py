@@ -23,7 +23,9 @@ NOISE = 0.02  # medians closer than this are equal, whatever their spread
 class Record(TypedDict, total=False):
     """One measurement. A red gate ("gate" is not "pass") has null times; fields may be added, and are kept.
 
-    There is one more, "pass", a keyword of Python: "fwd", "decode" or "ceiling".
+    There is one more, "pass", a keyword of Python: "fwd", "decode" or "ceiling". In decoding eager calls also have
+    latency_ms (one alone, from the host's start until the GPU is done), and those over FP8 caches error_unquantised
+    (`error` is taken on the numbers that these hold, this one on what they were rounded from).
     """
 
     family: str
@@ -43,7 +45,7 @@ class Record(TypedDict, total=False):
     layout: str | None
     page_size: int | None
     num_splits: int | None
-    variant: str  # "own tiles" or "parent tiles"
+    variant: str  # "own tiles" or "parent tiles"; "plan": own tiles, called through decoding.plan_decoding
     config: dict[str, Any] | None
     timing: str  # "events", "graph" or "eager"
     median_ms: float | None
@@ -83,7 +85,7 @@ def case_fields(case: Case) -> dict[str, Any]:
         "heads_q": case.heads_q, "heads_kv": case.heads_kv, "seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k,
         "head_dim": case.head_dim, "causal": case.causal, "case": case.preset,
         "window": list(case.window) if case.window else None, "lengths": list(case.lengths) if case.lengths else None,
-        "layout": case.layout, "page_size": None,
+        "layout": case.layout, "page_size": case.page_size,
     }  # fmt: skip
 
 

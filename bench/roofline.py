@@ -24,7 +24,9 @@ READ_BLOCK, READ_LOADS = 4096, 4  # int32 values of a load, 16 a thread; 64 KB a
 
 @dataclass(frozen=True)
 class Ceiling:
-    """One measured ceiling. name "matmul", "copy" or "read"; one of flops and bytes says what a sample did."""
+    """One measured ceiling. name "matmul", "copy" or "read"; one of flops and bytes says what a sample did, neither for
+    "launch": a kernel that does nothing worth mentioning, alone, from the host's start until the GPU is done.
+    """
 
     name: str
     dtype: str
@@ -92,6 +94,8 @@ def measure(clock: CudaClock, dtypes, family: str, say: Callable[[str], None] = 
     tasks.append(("copy", functools.partial(_measure_copy, clock)))
     sizes = READ_MB if family == "decoding" else READ_MB[-1:]
     tasks += [(f"read of {size} MB", functools.partial(_measure_read, clock, size)) for size in sizes]
+    if family == "decoding":
+        tasks.append(("launch", functools.partial(_measure_launch, clock)))
     ceilings = []
     for name, task in tasks:
         try:
@@ -123,3 +127,9 @@ def _measure_read(clock: CudaClock, megabytes: int) -> Ceiling:
     if int(walk.results[0][-1]) != READ_BLOCK * READ_LOADS:
         raise RuntimeError("the read kernel returned a wrong sum")
     return Ceiling("read", "fp16", "graph", tuple(clock.replays(walk, SAMPLES)), bytes=size)
+
+
+def _measure_launch(clock: CudaClock) -> Ceiling:
+    """PyTorch's fill of one number: what is left of an eager call where the kernel and its checks take no time."""
+    one = torch.empty(1, device=clock.device)
+    return Ceiling("launch", "fp32", "eager", tuple(clock.alone([one.zero_], 10 * SAMPLES)))

@@ -15,9 +15,21 @@ from bench import command_line, gate, results, timing
 from bench.cases import FP8, Case, cases_for
 from bench.environment import Telemetry, describe, new_run_id
 from bench.progress import Progress, say
-from bench.providers import OWN, PARENT, PEERS, Entrant, NotHere, Peer, find_peer, source_hash
+from bench.providers import (
+    OWN,
+    PARENT,
+    PEERS,
+    PLAN,
+    Entrant,
+    NotHere,
+    Peer,
+    find_peer,
+    no_plans,
+    source_hash,
+    why_not_case,
+)
 from bench.results import Record
-from bench.worker import FAMILY_TIMINGS, Failed, Worker, WorkerLost
+from bench.worker import Failed, Worker, WorkerLost, timings_of
 from common.hardware import interpreting
 from common.lineage import Version, find_version, parent_of, versions_of
 
@@ -30,6 +42,7 @@ PEER_MODULES = {
 # Presets spend their time where it teaches most; peers that are named on the command line run everywhere.
 PAPER_PEERS = {"bf16": ("fa3", "cudnn", "fa2"), "e4m3": ("cudnn_fp8",)}
 PAPER_ALONE_HEAD_DIM = 128  # where ideas are measured alone, with their parents' tiles
+PAPER_BEYOND_PEERS = ("fa3", "cudnn")  # for pages, lengths, several queries: the strongest, if they take them
 PAPER_BF16_VERSIONS = 4  # bf16 repeats fp16's steps: the newest versions, against the peers
 FLEX_SEQLENS = {"paper": (4096, 16384), "seed": (8192,)}  # each shape is seconds of compilation
 
@@ -70,21 +83,39 @@ def plan(family: str, args) -> tuple[list[tuple[Case, list[Entrant]]], list[str]
     """
     versions = [find_version(family, name) for name in args.versions] if args.versions else list(versions_of(family))
     peers, notes = choose_peers(family, args.peers)
-    cells = []
+    cells, not_taking = [], {}
     for case in cases_for(family, args.preset, **command_line.axes(args)):
+        taking = [version for version in versions if why_not_case(version, case) is None]
         thin = args.preset == "paper" and case.dtype == "bf16" and not args.versions
-        taking_part = [version for version in versions if version.half][-PAPER_BF16_VERSIONS:] if thin else versions
-        entrants = [entrant for version in taking_part for entrant in version_entrants(version, case)]
-        if thin or (args.preset == "paper" and case.head_dim != PAPER_ALONE_HEAD_DIM and family == "prefill"):
+        taking = taking[-PAPER_BF16_VERSIONS:] if thin else taking
+        entrants = [entrant for version in taking for entrant in version_entrants(version, case)]
+        if args.preset == "paper" and (thin or not _alone_too(case)):
             entrants = [entrant for entrant in entrants if entrant.variant == OWN]
+        if taking and case.plain and case.dtype == "fp16" and family == "decoding" and not no_plans():
+            entrants.append(Entrant("version", taking[-1].name, PLAN))
         entrants += [
             Entrant("peer", peer.name, process=peer.process) for peer in peers if _takes_part(peer, case, args)
         ]
         if entrants:
             cells.append((case, entrants))
+        if family == "decoding" and not (case.plain and case.dtype not in FP8):
+            for who in (*versions, *peers):
+                reason = why_not_case(who, case) if isinstance(who, Version) else who.why_not(case)
+                if reason:
+                    not_taking.setdefault((who.name, reason), []).append(case)
+    notes += [f"{name} {reason}: {len(cases)} cases without it" for (name, reason), cases in not_taking.items()]
+    if family == "decoding" and (reason := no_plans()):
+        notes.append(f"absent: plan ({reason})")
     if not cells:
         raise ValueError("nothing to measure: no version and no peer that is installed takes these cases")
     return cells, notes
+
+
+def _alone_too(case: Case) -> bool:
+    """Whether preset paper measures the idea alone, with the parents' tiles, on this case too."""
+    if case.family == "decoding":
+        return case.plain and case.dtype == "fp16"
+    return case.head_dim == PAPER_ALONE_HEAD_DIM
 
 
 def choose_peers(family: str, names: list[str] | None) -> tuple[list[Peer], list[str]]:
@@ -100,13 +131,13 @@ def choose_peers(family: str, names: list[str] | None) -> tuple[list[Peer], list
 
 def version_entrants(version: Version, case: Case) -> list[Entrant]:
     """A version with its own tiles and, where it has a parent to compare with, its parent's."""
-    if not (version.fp8 if case.dtype in FP8 else version.half):
+    if why_not_case(version, case):
         return []
     try:
         parent = parent_of(version)
     except ValueError:  # its file is not there (yet): the version still runs, with its own tiles
         parent = None
-    comparable = parent is not None and (parent.fp8 or case.dtype not in FP8)
+    comparable = parent is not None and why_not_case(parent, case) is None
     return [Entrant("version", version.name, variant) for variant in ((OWN, PARENT) if comparable else (OWN,))]
 
 
@@ -117,7 +148,9 @@ def _takes_part(peer: Peer, case: Case, args) -> bool:
         return True
     if peer.name == "flex" and case.seqlen_k not in FLEX_SEQLENS.get(args.preset, (case.seqlen_k,)):
         return False
-    return args.preset != "paper" or peer.name in PAPER_PEERS.get(case.dtype, (peer.name,))
+    if args.preset != "paper":
+        return True
+    return peer.name in (PAPER_PEERS.get(case.dtype, (peer.name,)) if case.plain else PAPER_BEYOND_PEERS)
 
 
 def estimate_seconds(cells: Iterable[tuple[Case, list[Entrant]]]) -> float:
@@ -125,12 +158,18 @@ def estimate_seconds(cells: Iterable[tuple[Case, list[Entrant]]]) -> float:
     seconds, kernels = 45.0, set()
     for case, entrants in cells:
         for entrant in entrants:
-            seconds += 1.0 if case.family == "decoding" else 0.4
+            seconds += 0.5 if case.family == "decoding" else 0.4
             if entrant.role == "version":
-                kernels.add((entrant, case.dtype, case.head_dim, case.causal))
+                kernels.add(kind_of(case, entrant))
             else:
                 seconds += find_peer(entrant.name).slow_start
     return seconds + 0.4 * len(kernels)
+
+
+def kind_of(case: Case, entrant: Entrant) -> tuple:
+    """What a kernel is compiled for."""
+    cache = (case.seqlen_q, case.page_size, case.lengths is not None) if case.family == "decoding" else ()
+    return entrant, case.dtype, case.head_dim, case.causal, case.layout, *cache
 
 
 def _earlier(family: str, args) -> list[Record] | None:
@@ -166,6 +205,7 @@ class Attempt:
     gates: dict[str, str] = dataclasses.field(default_factory=dict)
     samples: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    more: dict[str, dict] = dataclasses.field(default_factory=dict)  # further fields of the records, by timing
     absent: str | None = None  # it does not do this case
     lost: bool = False  # its process went down with another entrant: to be measured again
     same_as: Attempt | None = None  # its tiles are those of this one: one measurement serves both
@@ -279,7 +319,7 @@ class Run:
         for case, entrants in self.cells:
             for entrant in entrants:
                 if entrant.role == "version":
-                    kinds.setdefault(self._kind(case, entrant), (case, entrant))
+                    kinds.setdefault(kind_of(case, entrant), (case, entrant))
         started = time.perf_counter()
         pairs = [[dataclasses.asdict(case), dataclasses.asdict(entrant)] for case, entrant in kinds.values()]
         try:
@@ -290,17 +330,13 @@ class Run:
         self.compile_ms = {kind: ms for kind, ms in zip(kinds, milliseconds, strict=True) if ms is not None}
         self._say(f"compiled {len(pairs)} kernels in {time.perf_counter() - started:.0f} s")
 
-    @staticmethod
-    def _kind(case: Case, entrant: Entrant) -> tuple:
-        return entrant, case.dtype, case.head_dim, case.causal, case.layout
-
     def _tune(self) -> None:
         """Search each version's tiles on the longest case of each kind."""
         longest = {}
         for case, entrants in sorted(self.cells, key=lambda cell: -cell[0].seqlen_k):
             for entrant in entrants:
                 if entrant.role == "version" and entrant.variant == OWN:
-                    longest.setdefault(self._kind(case, entrant), (case, entrant))
+                    longest.setdefault(kind_of(case, entrant), (case, entrant))
         for case, entrant in longest.values():
             try:
                 found = self.workers["main"].ask(
@@ -347,7 +383,7 @@ class Run:
     def _interleave(self, case: Case, entrants: list[Entrant]) -> list[Attempt]:
         attempts: list[Attempt] = []
         for entrant in entrants:
-            attempts.append(Attempt(entrant, FAMILY_TIMINGS[case.family]))
+            attempts.append(Attempt(entrant, timings_of(case.family, entrant)))
             self._enter(case, attempts[-1], attempts)
         self.telemetry.lap()
         for _ in range(self.args.rounds):
@@ -388,6 +424,7 @@ class Run:
             ready = self._ask(attempt, attempts, (name,), "prepare", timing=name)
             if ready:
                 attempt.gates[name] = ready["gate"]
+                attempt.more[name] = {key: ready[key] for key in ("latency_ms",) if key in ready}
                 attempt.counts[name] = timing.samples_a_round(ready["sample_ms"])
 
     def _ask(self, attempt: Attempt, attempts: list[Attempt], timings, do: str, timeout: float = REQUEST_S, **request):
@@ -397,7 +434,7 @@ class Run:
             return self.workers[entrant.process].ask(do, timeout, entrant=dataclasses.asdict(entrant), **request)
         except NotHere as reason:
             attempt.absent = str(reason)
-            if entrant.role == "version" and entrant.variant == OWN:
+            if entrant.role == "version" and entrant.variant != PARENT:
                 self._say(f"{entrant.name} {reason}")
         except Failed as reason:
             attempt.judge(str(reason), timings)
@@ -416,7 +453,7 @@ class Run:
 
     def _record(self, case: Case, attempt: Attempt, name: str) -> Record:
         source = attempt.same_as or attempt
-        kind = self._kind(case, attempt.entrant)
+        kind = kind_of(case, attempt.entrant)
         config = attempt.first.get("config")
         shared = {
             "variant": attempt.entrant.variant, "config": config, "num_splits": (config or {}).get("num_splits"),
@@ -428,7 +465,9 @@ class Run:
         peaks = (self.gpu["tflops"].get(case.dtype), self.gpu["gbps"])
         rates = rate_fields(case, source.gates.get(name, "not measured"), source.samples.get(name, []), peaks)
         who = {"version": attempt.entrant.name, "role": attempt.entrant.role, "timing": name}
-        return results.case_fields(case) | who | rates | shared | self.lap
+        if "error_unquantised" in attempt.first:
+            shared["error_unquantised"] = attempt.first["error_unquantised"]
+        return results.case_fields(case) | who | rates | shared | source.more.get(name, {}) | self.lap
 
 
 def rate_fields(case: Case, verdict: str, samples: list[float], peaks: tuple[float | None, float | None]) -> dict:

@@ -15,6 +15,7 @@ SPIN_CYCLES = 5_000_000  # about 3 ms in which the host queues launches, so that
 FLUSH_BYTES = 256 << 20
 BUDGET_MS = 12.0  # GPU time of one provider in one round
 MOST_SAMPLES = 20
+ALONE_OVER_L2 = 20
 
 
 def summary(samples: Sequence[float]) -> tuple[float, float, float]:
@@ -96,6 +97,18 @@ class CudaClock:
         self.synchronize()
         return [start.elapsed_time(end) / (repeats * len(calls)) for start, end in pairs]
 
+    def alone(self, calls: Sequence[Callable], count: int) -> list[float]:
+        """`count` times of one call on an idle GPU, by the host's clock: from its start until the GPU is done."""
+        stream, times = torch.cuda.current_stream(self.device), []
+        for i in range(count + len(calls)):  # the first of each is not counted
+            call = calls[i % len(calls)]
+            stream.synchronize()
+            start = time.perf_counter()
+            call()
+            stream.synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+        return times[len(calls) :]
+
     def capture(self, calls: Sequence[Callable]) -> Walk:
         """A CUDA graph that walks over the calls, CALLS_IN_GRAPH times or more in all."""
         side = torch.cuda.Stream(self.device)
@@ -124,7 +137,11 @@ class CudaClock:
         return [start.elapsed_time(end) / walk.calls for start, end in pairs]
 
     def copies_to_outrun_l2(self, size: int) -> int:
-        """How many copies of `size` bytes, at least 2, are over five times the L2; fewer where memory is short."""
+        """How many copies of `size` bytes, at least 2, are over five times the L2; fewer where memory is short, and one
+        where a single one leaves nothing of itself in the L2 that is worth speaking of.
+        """
+        if size >= ALONE_OVER_L2 * self.l2_bytes:
+            return 1
         free, _ = torch.cuda.mem_get_info(self.device)
         wanted = max(2, -(-5 * self.l2_bytes // max(size, 1)))
         return max(1, min(wanted, int(0.4 * free) // max(size, 1)))
@@ -156,6 +173,9 @@ class HostClock:
 
     def eager(self, calls: Sequence[Callable], count: int) -> list[float]:
         return [self.once(calls[0])[1] for _ in range(count)]
+
+    def alone(self, calls: Sequence[Callable], count: int) -> list[float]:
+        return self.eager(calls, count)
 
     def capture(self, calls: Sequence[Callable]) -> Walk:
         raise RuntimeError("a CPU has no CUDA graphs")

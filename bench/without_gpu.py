@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ import torch
 from bench import gate, results
 from bench.cases import FP8, Case
 from bench.inputs import make_inputs
-from bench.providers import OWN, Entrant, NotHere, bind
+from bench.providers import OWN, Entrant, NotHere, bind, why_not_case
 from common.hardware import INTERPRETER, KNOWN, interpreting
 from common.lineage import Version, find_version, triton_version, versions_of
 
@@ -84,13 +85,20 @@ def _show_recorded(family: str, folder, args, earlier) -> None:
 
 
 def small_cases(family: str, version: Version) -> list[Case]:
-    """Shapes that take the interpreter seconds, odd in length and head dimension, with grouped heads and a mask."""
+    """Shapes that take the interpreter seconds, odd in length and head dimension, with grouped heads and a mask; in
+    decoding also lengths, several queries, and pages, where the version has them.
+    """
     dtypes = ("fp32", "fp16", "bf16") + (FP8 if version.fp8 else ())
-    if family == "decoding":
-        shapes = ((2, 4, 2, 1, 517, 64, False), (1, 2, 2, 1, 130, 80, False))
-    else:
+    if family == "prefill":
         shapes = ((1, 4, 2, 130, 130, 64, False), (1, 2, 1, 65, 129, 80, True))
-    return [Case(family, dtype, *shape) for dtype in dtypes for shape in shapes]
+        return [Case(family, dtype, *shape) for dtype in dtypes for shape in shapes]
+    shapes = ((2, 4, 2, 1, 517, 64, False), (1, 2, 2, 1, 130, 80, False))
+    cases = [Case(family, dtype, *shape) for dtype in dtypes for shape in shapes]
+    for dtype in ("fp16", *FP8[:1]):
+        ragged = Case(family, dtype, 3, 4, 2, 1, 150, 64, lengths=(0, 150, 33))
+        several = replace(ragged, lengths=None, batch=1, seqlen_q=3, causal=True)
+        cases += [ragged, replace(ragged, page_size=16), several]
+    return [case for case in cases if why_not_case(version, case) is None]
 
 
 def check_version(version: Version) -> tuple[bool, list[str]]:
@@ -127,6 +135,7 @@ def check(family: str, names: list[str]) -> int:
         print(f"  not checked: the interpreter of triton 3.6 needs numpy older than 2.4, this is {np.__version__}")
         return 0
     warnings.filterwarnings("ignore", message=".*make_block_ptr|.*advance")  # deprecated in 3.7, and the point of v3
+    warnings.filterwarnings("ignore", message=".*encountered in (divide|log)")  # of a sequence without keys
     interpreter.install()
     torch.set_grad_enabled(False)
     start, status = time.perf_counter(), 0

@@ -18,6 +18,7 @@ import json
 import os
 import queue
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,12 +33,18 @@ from bench.cases import Case
 from bench.inputs import Inputs, make_inputs
 from bench.providers import Bound, Entrant, NotHere
 from bench.results import ROOT
-from bench.timing import CALLS_IN_GRAPH, CudaClock, HostClock
+from bench.timing import BUDGET_MS, CALLS_IN_GRAPH, CudaClock, HostClock
 from common.hardware import GPU, INTERPRETER, detect_gpu
 from common.lineage import find_version
 
 COMPILE_THREADS = 8
 FAMILY_TIMINGS = {"prefill": ("events",), "decoding": ("graph", "eager")}
+CALLS_ALONE = 40
+
+
+def timings_of(family: str, entrant: Entrant) -> tuple[str, ...]:
+    """How an entrant is timed. A plan launches the version's own kernel, so that only its launch is new."""
+    return ("eager",) if entrant.variant == providers.PLAN else FAMILY_TIMINGS[family]
 
 
 # ---- inside the process
@@ -76,16 +83,20 @@ class Entry:
         with self.bound.context():
             out, milliseconds = self.clock.once(self.calls[0])
         error, verdict = self._check(out)
-        return {
+        found = {
             "gate": verdict,
             "error": error,
             "error_limit": self.limit,
             "config": self.bound.config,
             "first_call_ms": milliseconds,
         }
+        if self.bench.expected.unquantised is not None and error is not None:
+            found["error_unquantised"] = self.bench.expected.error_unquantised(self.bound.finish(out))
+        return found
 
     def prepare(self, timing: str) -> dict:
-        """Makes ready to sample, and says how long one sample takes, in ms."""
+        """Makes ready to sample, and says how long one sample takes, in ms; of eager calls also one alone."""
+        more = {}
         with self.bound.context():
             if timing == "graph":
                 self.walk = self.clock.capture(self.calls)
@@ -95,10 +106,12 @@ class Entry:
                 reason = self._first_wrong(self.walk.results)
             elif timing == "eager":
                 calls, milliseconds = max(len(self.calls), CALLS_IN_GRAPH), self.clock.eager(self.user_calls, 1)[0]
+                count = max(5, min(CALLS_ALONE, int(BUDGET_MS / milliseconds)))
+                more = {"latency_ms": statistics.median(self.clock.alone(self.user_calls, count))}
                 reason = self._first_wrong([call.last for call in self.user_calls if call.last is not None])
             else:
                 calls, milliseconds, reason = 1, self.clock.events(self.calls[0], 1)[0], "pass"
-        return {"sample_ms": calls * milliseconds, "gate": reason}
+        return {"sample_ms": calls * milliseconds, "gate": reason} | more
 
     def peak_memory_mb(self) -> float:
         """Memory that a call takes beyond its inputs, output included."""

@@ -2,7 +2,8 @@
 
 import math
 
-from bench.cases import PRESETS, cases_for
+from bench.cases import FP8, PRESETS, cases_for
+from bench.providers import find_peer
 from bench.results import case_fields
 
 RUN, LATER = "20260101T000000Z-aaaa", "20260102T000000Z-bbbb"
@@ -36,6 +37,22 @@ def record(case, version: str, role: str, speed: float, **fields) -> dict:
     } | fields  # fmt: skip
 
 
+def takes(version: int, case) -> bool:
+    """Roughly what the lineages have: FP8 from v3 on, in decoding from v5, pages from v4, several queries from v2."""
+    if case.family == "prefill":
+        return version >= 3 or case.dtype not in FP8
+    first = max(5 if case.dtype in FP8 else 1, 4 if case.page_size else 1, 2 if case.seqlen_q > 1 else 1)
+    return version >= first
+
+
+def eager(found: dict, case, speed: float, host_ms: float) -> dict:
+    """The record of the same provider's calls from Python, of which each costs the host so many ms."""
+    kernel = case.bytes() / 1e6 / speed
+    ms = max(kernel, host_ms)
+    times = {"median_ms": ms, "p20_ms": ms * 0.98, "p80_ms": ms * 1.03, "latency_ms": kernel + host_ms + 0.006}
+    return found | times | {"timing": "eager", "gbps": case.bytes() / 1e6 / ms}
+
+
 def red(found: dict, reason: str = "relative error 0.37 is above 0.0006") -> dict:
     """The record that the same provider leaves when its gate is red."""
     times = dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "tflops", "gbps", "peak_mem_mb"))
@@ -51,19 +68,21 @@ def records(family: str, versions: int = 3, preset: str = "paper", run_id: str =
         short_causal = 0.72 if case.causal and case.seqlen_k < 2048 else 1.0
         length = size / (1 + size) * short_causal * (0.75 + case.head_dim / 1024)
         for n in range(1, versions + 1):
-            if case.dtype in ("e4m3", "e5m2") and n < 3:
+            if not takes(n, case):
                 continue
             wobble = 1 + 0.03 * math.sin(7 * n + case.seqlen_k + case.head_dim)
-            speed = faster * top * length * share(n, versions) * wobble
+            speed = faster * top * length * share(n, versions) * wobble * (0.96 if case.page_size else 1.0)
             found.append(record(case, f"v{n}", "version", speed, run_id=run_id))
-            if n > 1:
+            if n > 1 and takes(n - 1, case):
                 alone = {"run_id": run_id, "variant": "parent tiles"}
                 found.append(record(case, f"v{n}", "version", speed * 0.8, **alone))
             if family == "decoding":
-                found.append(record(case, f"v{n}", "version", speed * 0.6, run_id=run_id, timing="eager"))
-        peers = {"cudnn_fp8": 0.72} if case.dtype in ("e4m3", "e5m2") else PEERS[family]
+                found.append(eager(found[-1] | {"variant": "own tiles"}, case, speed, 0.025))
+        if family == "decoding" and case.plain and case.dtype == "fp16":
+            found.append(eager(found[-1] | {"variant": "plan"}, case, speed, 0.005))
+        peers = {"cudnn_fp8": 0.72} if case.dtype in FP8 else PEERS[family]
         for name, part in peers.items():
-            if case.dtype == "e5m2" or (name == "efficient" and case.heads_q != case.heads_kv):
+            if case.dtype == "e5m2" or find_peer(name).why_not(case):
                 continue
             found.append(record(case, name, "peer", top * length * part, run_id=run_id))
     blank = dict.fromkeys(case_fields(cases_for(family, preset)[0])) | {
@@ -74,6 +93,9 @@ def records(family: str, versions: int = 3, preset: str = "paper", run_id: str =
         found.append(blank | {"version": "matmul", "dtype": dtype, "tflops": top, "gbps": None})
     for name, top in (("copy", 4280.0), ("read", 4550.0)):
         found.append(blank | {"version": name, "dtype": "fp16", "tflops": None, "gbps": top})
+    if family == "decoding":
+        found.append(blank | {"version": "launch", "dtype": "fp32", "tflops": None, "gbps": None, "timing": "eager",
+                              "median_ms": 0.011})  # fmt: skip
     return found
 
 

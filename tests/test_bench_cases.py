@@ -1,12 +1,24 @@
 """FLOPs and bytes against counting one pair at a time; presets and what the flags make of them."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.cases import DTYPES, ITEMSIZE, PRESETS, Case, cases_for, parse_size, short
+from bench.cases import (
+    DECODING_SHAPES,
+    DTYPES,
+    FP8,
+    ITEMSIZE,
+    PRESETS,
+    Case,
+    cases_for,
+    parse_size,
+    ragged_lengths,
+    short,
+)
 
 
 @st.composite
@@ -16,8 +28,9 @@ def small_cases(draw):
     side = st.none() | st.integers(0, 10)
     lengths = draw(st.none() | st.tuples(*[st.integers(0, seqlen_k)] * batch))
     return Case(
-        "prefill", draw(st.sampled_from(DTYPES)), batch, heads_kv * group, heads_kv, seqlen_q, seqlen_k,
-        draw(st.integers(1, 8)), draw(st.booleans()), draw(st.none() | st.tuples(side, side)), lengths,
+        draw(st.sampled_from(tuple(PRESETS))), draw(st.sampled_from(DTYPES)), batch, heads_kv * group, heads_kv,
+        seqlen_q, seqlen_k, draw(st.integers(1, 8)), draw(st.booleans()), draw(st.none() | st.tuples(side, side)),
+        lengths,
     )  # fmt: skip
 
 
@@ -44,7 +57,8 @@ def test_flops_and_bytes_are_what_counting_gives(case):
     rows = case.batch * case.heads_q * case.seqlen_q
     size = ITEMSIZE[case.dtype]
     out_size = 2 if size == 1 else size
-    assert case.bytes() == case.head_dim * (rows * (size + out_size) + 2 * case.heads_kv * keys * size)
+    size_q = out_size if case.family == "decoding" else size  # of FP8 caches alone the caches are FP8
+    assert case.bytes() == case.head_dim * (rows * (size_q + out_size) + 2 * case.heads_kv * keys * size)
 
 
 def test_a_known_decoding_step():
@@ -66,7 +80,37 @@ def test_paper_preset_has_its_tokens_and_width():
 def test_every_preset_gives_cases_of_its_family(family, preset):
     found = cases_for(family, preset)
     assert found and {(case.family, case.preset) for case in found} == {(family, preset)}
-    assert all(case.seqlen_q == (1 if family == "decoding" else case.seqlen_k) for case in found)
+    if family == "prefill":
+        assert all(case.seqlen_q == case.seqlen_k and case.plain for case in found)
+    else:
+        assert all(case.causal == (case.seqlen_q > 1) for case in found), "a single query sees every key"
+
+
+def test_the_decoding_paper_has_every_kind_of_cache():
+    found = cases_for("decoding", "paper")
+    for dtype in ("fp16", "bf16"):
+        here = [c for c in found if c.dtype == dtype and c.plain]
+        assert set(DECODING_SHAPES) <= {(c.batch, c.heads_q, c.heads_kv, c.seqlen_k, c.head_dim) for c in here}
+    kinds = {(c.dtype, c.page_size, bool(c.lengths), c.seqlen_q) for c in found}
+    assert kinds >= {("e4m3", None, False, 1), ("e5m2", None, False, 1), ("fp16", 16, False, 1),
+                     ("fp16", None, True, 1), ("fp16", None, False, 4)}  # fmt: skip
+    contiguous = {replace(c, page_size=None) for c in found if c.page_size} | {
+        replace(c, dtype="fp16") for c in found if c.dtype in FP8
+    }
+    assert contiguous <= set(found), "what pages and eight bits cost and buy is measured at the same shapes without"
+    assert all(c.dtype != "e4m3" or 2 * c.bytes() >= 268e6 for c in found)
+
+
+def test_the_ragged_batch():
+    (case,) = [case for case in cases_for("decoding", "paper") if case.lengths]
+    assert len(case.lengths) == 64 and min(case.lengths) == 1 and max(case.lengths) == 65536
+    assert list(case.lengths) not in (sorted(case.lengths), sorted(case.lengths, reverse=True))
+    assert case.lengths == ragged_lengths(64, 65536), "the same in every process"
+    assert case.bytes() == 128 * (2 * 64 * 32 * 2 + 2 * 8 * sum(case.lengths) * 2)
+    (short_one,) = cases_for("decoding", "quick", batch=[3], seqlen_k=[400], head_dim=[64], heads_q=[2], ragged=(True,),
+                             page_size=[16], dtype=["fp16"])  # fmt: skip
+    assert sorted(short_one.lengths) == [1, 20, 400] and short_one.page_size == 16
+    assert ragged_lengths(1, 7) == (7,)
 
 
 def test_the_seeds_own_shapes_are_there():
@@ -93,12 +137,20 @@ def test_heads_alone_means_as_many_kv_heads():
         ({"head_dim": [512]}, ["--head-dims 512", "256"]),
         ({"heads_q": [6], "heads_kv": [4]}, ["--heads 6", "--heads-kv 4"]),
         ({"layout": "sbhd"}, ["sbhd", "bshd"]),
+        ({"page_size": [16]}, ["--page-size", "decoding"]),
+        ({"seqlen_q": [4]}, ["--queries", "decoding"]),
+        ({"ragged": (True,)}, ["--ragged", "decoding"]),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(axes, words):
     with pytest.raises(ValueError) as refusal:
         cases_for("prefill", "quick", **axes)
     assert all(word in str(refusal.value) for word in words)
+
+
+def test_pages_of_no_power_of_two_are_refused():
+    with pytest.raises(ValueError, match="--page-size 24.*256"):
+        cases_for("decoding", "quick", page_size=[24])
 
 
 @given(st.integers(1, 10**7))

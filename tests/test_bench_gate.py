@@ -8,6 +8,8 @@ import torch
 from bench import gate
 from bench.cases import Case
 from bench.inputs import make_inputs
+from common import quantize
+from common.problem import FP8
 from common.reference import attention_oracle, eager_attention
 
 CASE = Case("prefill", "fp32", 1, 16, 16, 192, 192, 32, True)
@@ -95,6 +97,7 @@ def test_a_wrong_shape_is_red():
         Case("prefill", "fp32", 1, 2, 2, 300, 300, 16, window=(7, 3)),
         Case("prefill", "fp32", 3, 2, 1, 40, 60, 16, lengths=(0, 60, 17), layout="bhsd"),
         Case("decoding", "fp32", 2, 8, 2, 1, 133, 16),
+        Case("decoding", "fp32", 2, 8, 2, 4, 133, 16, True, lengths=(0, 99), page_size=16),
     ],
     ids=lambda case: case.label(),
 )
@@ -171,3 +174,61 @@ def test_what_rounding_costs(dtype, device):
     """Of e4m3 with 3 bits of mantissa some per cent; nothing where nothing is rounded."""
     error = gate.expect(make_inputs(Case("prefill", dtype, 1, 2, 2, 96, 96, 64), device)).rounding_error
     assert 0.02 < error < 0.06 if dtype == "e4m3" else error == 0.0
+
+
+def store(x, dtype):
+    """x [B, H, S, D] in eight bits, and its descales [B, H]."""
+    descale = x.abs().amax((2, 3)).float() / torch.finfo(dtype).max
+    return (x.float() / descale[..., None, None]).to(dtype), descale
+
+
+@pytest.fixture(params=["e4m3", "e5m2"])
+def cached(request, monkeypatch):
+    """Inputs of a decoding step over FP8 caches, and these."""
+    inputs = make_inputs(Case("decoding", request.param, 2, 4, 2, 1, 300, 64), "cpu")
+    (k, descale_k), (v, descale_v) = (store(x, FP8[request.param]) for x in (inputs.k, inputs.v))
+    monkeypatch.setattr(quantize, "quantize_cache", lambda *_, **__: (k, v, descale_k, descale_v), raising=False)
+    return inputs
+
+
+def test_fp8_caches_are_judged_by_what_they_hold(cached):
+    """The kernel's error and not the rounding's: a hundred times less, and the limit is PyTorch's at 16 bits."""
+    case, expected = cached.case, gate.expect(cached)
+    limit = gate.error_limit(case, expected)
+    assert limit == 2 * expected.pytorch_error < 0.003
+    held = cached.rounded()
+    out = eager_attention(held.q, held.k.half(), held.v.half())
+    error, verdict = gate.check(out, case, expected, limit)
+    assert verdict == "pass" and 0.01 < expected.rounding_error < 0.2
+    assert expected.error_unquantised(out) == pytest.approx(expected.rounding_error, rel=0.05)
+    assert "above the limit" in gate.check(eager_attention(cached.q, cached.k, cached.v), case, expected, limit)[1]
+
+
+def test_without_its_descales_an_fp8_cache_is_read_wrong(cached):
+    expected, (k, v, *_) = gate.expect(cached), cached.quantized_cache
+    out = eager_attention(cached.q, k.half(), v.half())
+    assert gate.check(out, cached.case, expected, gate.error_limit(cached.case, expected))[1] != "pass"
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("dtype", ["fp16", "e4m3"])
+def test_pages_hold_the_cache_where_the_table_says(dtype, layout, monkeypatch):
+    case = Case("decoding", dtype, 3, 4, 2, 1, 50, 32, layout=layout, page_size=16)
+    inputs, eight = make_inputs(case, "cpu"), dtype == "e4m3"
+    ones = torch.ones(3, 2)
+    monkeypatch.setattr(
+        quantize, "quantize_cache",
+        lambda k, v, fp8_dtype: (k.to(FP8[fp8_dtype]), v.to(FP8[fp8_dtype]), ones, ones), raising=False,
+    )  # fmt: skip
+    (k, v), options = inputs.cache
+    table = options["block_table"]
+    assert table.dtype == torch.int32 and table.shape == (3, 4) and sorted(table.flatten().tolist()) == list(range(12))
+    assert table.flatten().tolist() != list(range(12)), "shuffled"
+    assert k.shape == v.shape == (12, 2, 16, 32) and k.dtype == (FP8["e4m3"] if eight else torch.float16)
+    assert (k if layout == "bhsd" else k.transpose(1, 2)).is_contiguous()
+    for b, n in ((0, 0), (1, 17), (2, 49)):
+        for whole, pages in ((inputs.k, k), (inputs.v, v)):
+            here = pages[int(table[b, n // 16]), :, n % 16]
+            assert torch.equal(here.float(), whole[b, :, n].to(pages.dtype).float())
+    assert ("descale_k" in options) == eight and inputs.cache[0][0] is k, "made once"
+    assert inputs.copy().cache[0][0].data_ptr() != k.data_ptr()

@@ -8,18 +8,21 @@ import re
 import shutil
 import subprocess
 import sys
+import types
+from dataclasses import replace
 
 import pytest
 import synthetic
 import torch
 
+import decoding
 from bench import providers, results, runner, without_gpu
-from bench.cases import Case
+from bench.cases import FP8, Case
 from bench.command_line import parser
-from bench.providers import OWN, PARENT, Bound, Entrant, NotHere
+from bench.providers import OWN, PARENT, PLAN, Bound, Entrant, NotHere
 from bench.runner import Run, main, plan
 from bench.timing import HostClock
-from bench.worker import Failed, Server, WorkerLost, explain
+from bench.worker import Failed, Server, WorkerLost, explain, timings_of
 from common.hardware import INTERPRETER, interpreting
 from common.lineage import find_version
 from common.reference import eager_attention
@@ -275,6 +278,94 @@ def test_peers_say_what_they_do_not_do(peer):
     assert peer.why_not(Case("prefill", "e5m2", 1, 2, 2, 16, 16, 16)).startswith("takes ")
     shifted = Case("prefill", peer.dtypes[0], 1, 2, 2, 16, 32, 16, causal=True)
     assert ("top left" in (peer.why_not(shifted) or "")) == peer.top_left
+
+
+# ---- decoding: caches as they are in use, and plans
+
+
+def test_who_takes_no_such_cache_is_named(monkeypatch):
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: object())
+    cells, notes = planned("decoding", "--preset", "paper")
+    for case, entrants in cells:
+        names = {entrant.name for entrant in entrants}
+        assert case.plain or case.dtype in FP8 or "fa3" in names
+        assert not (case.page_size and names & {"v1", "v2", "v3", "cudnn", "fa2", "eager"})
+        assert not (case.seqlen_q > 1 and "v1" in names) and not (case.lengths and "cudnn" in names)
+        assert case.plain and case.dtype == "fp16" or all(e.variant == OWN for e in entrants)
+    said = " | ".join(notes)
+    assert "v1 takes no block_table: 3 cases without it" in said and "cudnn takes no pages here: 3 cases" in said
+    assert "v3 has no FP8 path" in said and "cudnn takes no lengths here: 1 cases" in said and "v4 takes no" not in said
+
+
+def test_a_plan_is_a_further_way_to_call_the_newest(monkeypatch):
+    monkeypatch.delattr(decoding, "plan_decoding", raising=False)
+    words = ("decoding", "--preset", "paper", "--peers", "none", "--versions", "v1,v3")
+    cells, notes = planned(*words)
+    assert "absent: plan (decoding has no plan_decoding)" in notes
+    assert not any(entrant.variant == PLAN for _, entrants in cells for entrant in entrants)
+    monkeypatch.setattr(decoding, "plan_decoding", lambda *tensors, **options: None, raising=False)
+    cells, notes = planned(*words)
+    for case, entrants in cells:
+        plans = [entrant.name for entrant in entrants if entrant.variant == PLAN]
+        assert plans == (["v3"] if case.plain and case.dtype == "fp16" else [])
+    assert timings_of("decoding", Entrant("version", "v3", PLAN)) == ("eager",)
+
+
+def asked(case, entrant, *requests):
+    """The answers to "enter" and to further requests, of a process on the CPU."""
+    server, entrant = Server(HostClock(), INTERPRETER), vars(entrant)
+    first = server.answer({"do": "enter", "case": json.loads(json.dumps(vars(case))), "entrant": entrant, "seed": 0})
+    return [first, *(server.answer(request | {"entrant": entrant}) for request in requests)]
+
+
+STEP = Case("decoding", "fp16", 2, 4, 2, 1, 40, 16, preset="quick")
+
+
+@pytest.mark.skipif(not interpreting(), reason="kernels are interpreted only with TRITON_INTERPRET=1")
+@pytest.mark.parametrize("case", [
+    STEP, replace(STEP, page_size=16), replace(STEP, lengths=(0, 33)), replace(STEP, seqlen_q=3, causal=True),
+], ids=lambda case: case.label())  # fmt: skip
+def test_caches_in_use_go_through_bind_and_gate(case):
+    first, ready = asked(case, Entrant("version", "v4"), {"do": "prepare", "timing": "eager"})
+    assert first["ok"]["gate"] == "pass" and first["ok"]["config"]["num_splits"] >= 1
+    assert ready["ok"]["gate"] == "pass" and ready["ok"]["latency_ms"] > 0
+
+
+@pytest.mark.skipif(not interpreting(), reason="kernels are interpreted only with TRITON_INTERPRET=1")
+def test_a_plan_goes_through_bind_and_gate(monkeypatch):
+    def plan_decoding(q, k, v, **options):
+        return lambda q, k, v: decoding.flash_decoding(q, k, v, **options)
+
+    monkeypatch.setattr(decoding, "plan_decoding", plan_decoding, raising=False)
+    first, ready = asked(STEP, Entrant("version", "v2", PLAN), {"do": "prepare", "timing": "eager"})
+    assert first["ok"]["gate"] == ready["ok"]["gate"] == "pass" and ready["ok"]["latency_ms"] > 0
+
+    def refuse(*tensors, **options):
+        raise ValueError("version: v2 cannot be planned")
+
+    monkeypatch.setattr(decoding, "plan_decoding", refuse)
+    (first,) = asked(STEP, Entrant("version", "v2", PLAN))
+    assert first == {"absent": "has no plan: version: v2 cannot be planned"}
+
+
+@pytest.mark.parametrize("case", [
+    STEP, replace(STEP, page_size=16), replace(STEP, lengths=(40, 33)), replace(STEP, seqlen_q=3, causal=True),
+    replace(STEP, page_size=16, lengths=(40, 33)),
+], ids=lambda case: case.label())  # fmt: skip
+def test_fa3_is_given_its_own_arguments(case, monkeypatch):
+    """[B, S, H, D] or [pages, page, H, D], cache_seqlens, page_table: as its own Python function takes them."""
+
+    def flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=None, page_table=None, causal=True):
+        if page_table is not None:
+            assert k_cache.shape[1] == 16 and cache_seqlens is not None
+            k_cache, v_cache = (x[page_table.long()].flatten(1, 2) for x in (k_cache, v_cache))
+        tensors = [x.transpose(1, 2) for x in (q, k_cache, v_cache)]
+        return eager_attention(*tensors, is_causal=causal, seqlens_k=cache_seqlens).transpose(1, 2)
+
+    library = types.SimpleNamespace(flash_attn_with_kvcache=flash_attn_with_kvcache)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", library)
+    (first,) = asked(case, Entrant("peer", "fa3"))
+    assert first["ok"]["gate"] == "pass"
 
 
 # ---- the flags

@@ -63,7 +63,7 @@ def test_a_module_that_does_not_import_is_a_failure():
 
 
 def test_cases_survive_json():
-    case = Case("prefill", "bf16", 2, 4, 2, 8, 8, 16, True, (3, None), (8, 5), "bhsd", "seed")
+    case = Case("prefill", "bf16", 2, 4, 2, 8, 8, 16, True, (3, None), (8, 5), "bhsd", "seed", 16)
     fields = dataclasses.asdict(case) | {"window": [3, None], "lengths": [8, 5]}
     assert case_from(fields) == case
 

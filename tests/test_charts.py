@@ -39,7 +39,9 @@ def test_the_charts_of_both_families(drawn):
         "prefill-gain", "prefill-memory", "prefill-fp8",
     }  # fmt: skip
     decoding = figures(synthetic.grid("decoding", versions=1), "decoding")
-    assert set(decoding) == {"decoding", "decoding-launched", "decoding-fp32", "decoding-shapes", "decoding-gain"}
+    assert set(decoding) == {
+        "decoding", "decoding-bf16", "decoding-launched", "decoding-fp32", "decoding-shapes", "decoding-gain",
+    }  # fmt: skip
     assert {"v1 over eager", "v1 over FA2"} <= set(texts(decoding["decoding-gain"]))
 
 
