@@ -1,4 +1,4 @@
-"""The schedule of the persistent kernels: every tile once."""
+"""The schedule of the persistent kernels: every tile once, the load level, neighbours in the L2 side by side."""
 
 import pytest
 import torch
@@ -24,9 +24,30 @@ def schedule(monkeypatch, seqlen, head_dim, block_m, block_n, heads=None, **opti
     return [[(code & 0xFFFF, code >> 16, blocks & 0xFFFF, blocks >> 16) for code, blocks in tiles] for tiles in found]
 
 
+def length(tile) -> float:
+    return tile[3] - tile[2] + tile_table.TILE_COST
+
+
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (300, 0)}], ids=["full", "causal", "window"])
 @pytest.mark.parametrize("seqlen, heads", [(1000, 3), (4096, 40), (130, 1)])
 def test_every_tile_once(seqlen, heads, options, monkeypatch):
     tiles = sum(schedule(monkeypatch, seqlen, 64, 128, 128, heads, **options), [])
     assert sorted(tile[:2] for tile in tiles) == [(m, h) for m in range(-(-seqlen // 128)) for h in range(heads)]
     assert all(lo < hi for _, _, lo, hi in tiles)
+
+
+@pytest.mark.parametrize("block_m, block_n, head_dim", [(192, 128, 64), (128, 128, 128), (128, 64, 256)])
+@pytest.mark.parametrize("seqlen", [512, 1024, 2048, 4096, 8192, 16384])
+def test_the_load_is_level(seqlen, block_m, block_n, head_dim, monkeypatch):
+    """A program that has more than the others is waited for: 16 % more where the L2 alone decides the order."""
+    loads = [
+        sum(map(length, tiles)) for tiles in schedule(monkeypatch, seqlen, head_dim, block_m, block_n, is_causal=True)
+    ]
+    assert max(loads) <= 1.06 * sum(loads) / len(loads)
+
+
+def test_short_tiles_come_last(monkeypatch):
+    for tiles in schedule(monkeypatch, 8192, 128, 128, 128, is_causal=True):
+        lengths = [hi - lo for _, _, lo, hi in tiles]
+        short = [value <= tile_table.SHORT * 64 for value in lengths]
+        assert short == sorted(short)
