@@ -92,8 +92,8 @@ def online_softmax(qk, m_i, l_i, scale_log2, GUARD: gl.constexpr):
 
 @gluon.jit
 def step(
-    i_k, i_v, more, q, p16, acc, m_i, l_i, alpha, zero, offs_m, start_n, k_ring, v_ring, sizes, scale_log2,
-    MASK: gl.constexpr, GUARD: gl.constexpr, STAGES: gl.constexpr,
+    i_k, i_v, more, q, p16, acc, m_i, l_i, alpha, zero, mask, offs_m, start_n, k_ring, v_ring, sizes, scale_log2,
+    GUARD: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """QK^T of block i_k, PV of block i_v, the softmax of block i_k. Without `more` there is no i_k: only PV counts."""
     BN: gl.constexpr = zero.shape[1]
@@ -108,7 +108,7 @@ def step(
     acc_pending = warpgroup_mma(p16, v, acc, is_async=True)
     qk = warpgroup_mma_wait(1, deps=[qk_pending])
     release(k_ring, i_k, STAGES, more)
-    if MASK:
+    if mask:
         qk = masked(qk, offs_m, start_n, sizes)
     p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, scale_log2, GUARD)
     # The next V is needed next anyway. Its wait ends the basic block: ptxas would else hoist the wait for PV above the
@@ -161,15 +161,15 @@ def consumer(
             whole = gl.maximum(whole, lo)
             for j in range(hi - 2, whole - 1, -1):
                 p16, acc, m_i, l_i, alpha = step(
-                    i + 1, i, True, q, p16, acc, m_i, l_i, alpha, zero, start_m + rows, j * BN, k_ring, v_ring, sizes,
-                    scale_log2, True, True, STAGES,
+                    i + 1, i, True, q, p16, acc, m_i, l_i, alpha, zero, True, start_m + rows, j * BN, k_ring, v_ring,
+                    sizes, scale_log2, True, STAGES,
                 )  # fmt: skip
                 i += 1
             hi = gl.minimum(hi, whole + 1)
         for _j in range(hi - 2, lo - 1, -1):
             p16, acc, m_i, l_i, alpha = step(
-                i + 1, i, True, q, p16, acc, m_i, l_i, alpha, zero, rows, 0, k_ring, v_ring, sizes, scale_log2,
-                False, GUARD, STAGES,
+                i + 1, i, True, q, p16, acc, m_i, l_i, alpha, zero, False, rows, 0, k_ring, v_ring, sizes, scale_log2,
+                GUARD, STAGES,
             )  # fmt: skip
             i += 1
         # v7: the next tile's first block, under this tile's last PV; after the last tile it is a step without a block
@@ -181,9 +181,10 @@ def consumer(
         wait_full(q_ring, (t + 1) * GROUPS + g, Q_SLOTS, more)
         skip(k_ring, i + 1, first, STAGES)
         q = q_ring[0].index(((t + 1) * GROUPS + g) % Q_SLOTS).reshape([MW, HEAD_DIM])
+        mask = True if GUARD else next_hi > next_whole
         p16, acc, next_m_i, next_l_i, alpha = step(
-            first, i, more, q, p16, acc, m_none, l_none, alpha, zero, next_m + rows, (next_hi - 1) * BN, k_ring, v_ring,
-            sizes, scale_log2, True, GUARD, STAGES,
+            first, i, more, q, p16, acc, m_none, l_none, alpha, zero, mask, next_m + rows,
+            (next_hi - 1) * BN, k_ring, v_ring, sizes, scale_log2, GUARD, STAGES,
         )  # fmt: skip
         skip(v_ring, i + 1, first, STAGES)
         i = first

@@ -225,9 +225,10 @@ def consumer(
         wait_full(q_ring, (t + 1) * GROUPS + g, Q_SLOTS, more)
         skip(k_ring, i + 1, first, STAGES)
         q = q_ring[0].index(((t + 1) * GROUPS + g) % Q_SLOTS).reshape([MW, HEAD_DIM])
+        mask = True if GUARD else next_hi > next_whole
         p4, acc, next_m_i, next_l_i, _ = step(
-            first, i, more, q, p4, acc, m_none, l_none, zero, True, next_m + rows, (next_hi - 1) * BN, k_ring, v_ring,
-            sizes, next_scale, GUARD, STAGES,
+            first, i, more, q, p4, acc, m_none, l_none, zero, mask, next_m + rows, (next_hi - 1) * BN,
+            k_ring, v_ring, sizes, next_scale, GUARD, STAGES,
         )  # fmt: skip
         skip(v_ring, i + 1, first, STAGES)
         i = first

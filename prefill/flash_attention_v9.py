@@ -185,9 +185,10 @@ def consumer(
         wait_full(q_ring, (t + 1) * GROUPS + g, Q_SLOTS, more)
         skip(k_ring, i + 1, first, STAGES)
         q = q_ring[0].index(((t + 1) * GROUPS + g) % Q_SLOTS).reshape([MW, HEAD_DIM])
+        mask = next_hi > next_whole if HEAD_DIM < 256 and not GUARD else True
         p, acc, next_m_i, next_l_i = step(
-            first, i, more, q, p, acc, m_none, l_i, zero, True, next_m + rows, (next_hi - 1) * BN, k_ring, v_ring,
-            sizes, scale_log2, True, OVERLAP and HEAD_DIM < 256, STAGES,
+            first, i, more, q, p, acc, m_none, l_i, zero, mask, next_m + rows, (next_hi - 1) * BN,
+            k_ring, v_ring, sizes, scale_log2, True, OVERLAP and HEAD_DIM < 256, STAGES,
         )  # fmt: skip
         skip(v_ring, i + 1, first, STAGES)
         i = first
@@ -240,10 +241,10 @@ def flash_attention_kernel(
 
 
 def tiles_for(problem: AttentionProblem) -> Tiles:
-    """Three groups at head_dim 64, where their registers suffice; two where rows are few, to fill the SMs evenly."""
+    """Three groups at head_dim 64, where their registers suffice; 64 keys there where a tile has few blocks of 128."""
     if block_d(problem) > 64:
         return Tiles(128, 128 if block_d(problem) == 128 else 64, 4, 2)
-    return Tiles(192 if problem.seqlen_q > 1024 else 128, 128, 4, 4)
+    return Tiles(192, 128 if problem.seqlen_q > 1024 else 64, 4, 4)
 
 
 def declines(q, k, v, **kwargs):

@@ -75,7 +75,7 @@ def test_default_tiles(cell):
     assert narrow_offsets(first.stage("ttir") or first.stage("ttgir"), dtype) == []  # Gluon begins with the latter
     if arch.startswith("sm") and head_dim == 128:  # were a loop unrolled by ptxas, this would be more
         written = first.stage("ptx").count("ex2.approx")  # a few of which nobody uses
-        assert 0.98 * written <= sum(i.kind == "exponentials" for i in first.code.instructions) <= written
+        assert 0.97 * written <= sum(i.kind == "exponentials" for i in first.code.instructions) <= written
 
 
 def compiled_pages(version, arch, dtype, head_dim, page_size, seqlen_q, **more):
@@ -204,7 +204,7 @@ def test_a_block_needs_no_maximum(name, dtype, comparisons):
         opcodes = [kernel.code.instructions[i].opcode.split(".")[0] for i in loop.body]
         usual, rare = opcodes[: opcodes.index("VOTE")], opcodes[opcodes.index("VOTE") :]
         assert usual.count("SHFL") == 0 and usual.count("FMNMX") <= comparisons
-        assert rare.count("SHFL") == 4 and rare.count("FMNMX") >= 64
+        assert rare.count("SHFL") == 4 and rare.count("FMNMX") >= kernel.constants["BLOCK_N"] // 2
 
 
 def test_a_version_that_cannot_run_there_says_why():
