@@ -17,7 +17,8 @@ import triton
 from common.hardware import GPU
 
 FAMILIES = ("prefill", "decoding")
-CACHE_ARGUMENTS = ("block_table", "window", "starts", "k_new", "v_new")  # which older decoding versions do not take
+# which older decoding versions do not take
+CACHE_ARGUMENTS = ("block_table", "window", "starts", "k_new", "v_new", "deterministic")
 
 
 def triton_version() -> tuple[int, int]:

@@ -14,6 +14,7 @@ FLOAT32 = torch.finfo(torch.float32)
 MAX_HEAD_DIM = 256
 PAGE_SIZES = tuple(2**i for i in range(9))  # keys of a page
 MAX_SPLITS = 65535  # of the grid's second axis
+DETERMINISTIC_KEYS = 1024  # of a split, whatever else is in the batch: whole blocks of every version's
 MAX_ROW_STRIDE = 2**22  # 512 rows of a block stay inside int32; other offsets are int64
 MAX_SEQLEN = 2**30  # positions, and position + block, stay inside int32
 
@@ -27,12 +28,13 @@ class AttentionProblem:
     window_right = 0. Row i sits at key i + len_k - len_q. descales: float32 ([batch, heads_q], [batch, heads_kv] x 2)
     for float8 tensors, else None. Decoding alone: block_table int32 [batch, pages of a sequence], for k and v [pages,
     heads_kv, page_size, head_dim]; seqlen_k is then what a row of it holds. starts int32 [batch]. k_new, v_new [batch,
-    heads_kv, seqlen_q, head_dim]. None where not given.
+    heads_kv, seqlen_q, head_dim]. None where not given. num_splits, or None for a number of the version's choice, of
+    keys_per_split keys each, or None for equal shares.
     """
 
     __slots__ = (
-        "batch", "block_table", "descales", "head_dim", "heads_kv", "heads_q", "k", "k_new", "lse", "num_splits", "out",
-        "page_size", "q", "rank3", "return_lse", "scale", "seqlen_k", "seqlen_q", "seqlens_k", "seqlens_q", "starts",
+        "batch", "block_table", "descales", "head_dim", "heads_kv", "heads_q", "k", "k_new", "keys_per_split", "lse",
+        "num_splits", "out", "page_size", "q", "rank3", "return_lse", "scale", "seqlen_k", "seqlen_q", "seqlens_k", "seqlens_q", "starts",
         "v", "v_new", "window_left", "window_right",
     )  # fmt: skip
 
@@ -59,6 +61,7 @@ class AttentionProblem:
     def decoding(
         cls, q, k, v, *, scale=None, seqlens_k=None, num_splits=None, return_lse=False, out=None, most_queries=1,
         block_table=None, window=None, starts=None, k_new=None, v_new=None, check_table=False,
+        deterministic=False,
     ):  # fmt: skip
         """Check a decoding step; q [B, Hq, Sq, D], the last positions of their sequences, k and v [B, Hkv, Sk, D].
 
@@ -84,11 +87,7 @@ class AttentionProblem:
             raise TypeError(f"check_table: must be True or False, it is {check_table!r}")
         if block_table is not None and (check_table or block_table.device.type == "cpu"):
             self._check_pages()
-        if num_splits is not None and (
-            not isinstance(num_splits, int) or isinstance(num_splits, bool) or not 1 <= num_splits <= MAX_SPLITS
-        ):
-            raise ValueError(f"num_splits: must be 1 to {MAX_SPLITS}, or None for a default, it is {num_splits!r}")
-        self.num_splits = num_splits
+        self.num_splits, self.keys_per_split = self._checked_splits(num_splits, deterministic)
         self._take_outputs(out, return_lse)
         return self
 
@@ -105,6 +104,12 @@ class AttentionProblem:
     def group(self) -> int:
         """Query heads that share one KV head."""
         return self.heads_q // max(self.heads_kv, 1)
+
+    @property
+    def keys_in_reach(self) -> int:
+        """The most keys that the queries of a sequence see, together."""
+        within = None if self.window_left is None else self.window_left + self.seqlen_q
+        return self.seqlen_k if within is None else min(self.seqlen_k, within)
 
     def result(self):
         """What the caller gets: out, or (out, lse); [S, H, D] and [H, S] where the call had three dimensions."""
@@ -254,6 +259,22 @@ class AttentionProblem:
             b, i = wrong[0].tolist()
             where, entry = f"[{b}, {i}]", int(table[b, i])
             raise ValueError(f"block_table: pages in use must lie in 0..{pages - 1}, the one at {where} is {entry}")
+
+    def _checked_splits(self, num_splits, deterministic):
+        """How many splits, and of how many keys each: for equal bits in every batch that may depend on nothing else."""
+        if not isinstance(deterministic, bool):
+            raise TypeError(f"deterministic: must be True or False, it is {deterministic!r}")
+        if not deterministic:
+            whole = isinstance(num_splits, int) and not isinstance(num_splits, bool)
+            if num_splits is not None and not (whole and 1 <= num_splits <= MAX_SPLITS):
+                raise ValueError(f"num_splits: must be 1 to {MAX_SPLITS}, or None for a default, it is {num_splits!r}")
+            return num_splits, None
+        if num_splits is not None:
+            raise ValueError(f"num_splits: deterministic=True sets the size of splits; leave out {num_splits!r}")
+        if self.keys_in_reach > MAX_SPLITS * DETERMINISTIC_KEYS:
+            most = MAX_SPLITS * DETERMINISTIC_KEYS
+            raise ValueError(f"deterministic: takes up to {most} keys a sequence, here are {self.keys_in_reach}")
+        return max(1, -(-self.keys_in_reach // DETERMINISTIC_KEYS)), DETERMINISTIC_KEYS
 
     def _checked_new(self, k, v, k_new, v_new):
         """New keys and values, and a cache that can take them: itself, not a copy that is easier to address."""

@@ -6,7 +6,7 @@ from common.lineage import find_version, versions_of
 
 def flash_decoding(
     q, k, v, *, scale=None, seqlens_k=None, num_splits=None, return_lse=False, out=None, block_table=None, window=None,
-    starts=None, k_new=None, v_new=None, check_table=False, version=None,
+    starts=None, k_new=None, v_new=None, check_table=False, deterministic=False, version=None,
 ):  # fmt: skip
     """softmax(scale * q k^T) v for the last positions of each sequence, by the newest version that serves the call.
 
@@ -30,6 +30,9 @@ def flash_decoding(
     starts: int32 [B], the first key of each sequence, where caches are padded on the left; seqlens_k counts from 0.
     k_new, v_new: [B, Hkv, Sq, D], the queries' own keys and values: written into k and v at positions len_k - Sq up to
       len_k - 1 (those below 0 are left out), and attended. A page that is written belongs to one sequence alone.
+    deterministic: True cuts every sequence into splits of 1024 keys (num_splits is then refused), so that its output is
+      bitwise the same alone and in any batch, in caches of any capacity, as long as q's shape but for the batch, dtypes
+      and layouts are the same.
     Raises ValueError or TypeError naming the argument, before anything is launched; NoGPU where there is no GPU.
     """
     arguments = dict(scale=scale, seqlens_k=seqlens_k, num_splits=num_splits, return_lse=return_lse, out=out)
@@ -37,6 +40,8 @@ def flash_decoding(
     arguments |= {name: value for name, value in of_caches.items() if value is not None}
     if check_table is not False and block_table is not None:
         arguments["check_table"] = check_table
+    if deterministic is not False:
+        arguments["deterministic"] = deterministic
     if version is not None:
         chosen = find_version("decoding", version)
         if reason := chosen.lacks(**arguments):

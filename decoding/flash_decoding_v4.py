@@ -21,11 +21,11 @@ from common.lineage import Requires, Version
 from common.masking import sequence_lengths
 from common.merge import merge_parts
 from common.problem import AttentionProblem
-from common.schedule import splits_of_whole_waves
+from common.split_keys import (
+    has_large_shared_memory, has_register_limit, merge_tile, parts_of, rows_of_a_tile, splits_for, store_rows,
+)  # fmt: skip
 from common.tickets import tickets
 
-MOST_ROWS = {2: 64, 4: 16}  # of a tile, by the bytes of an element: float32 products take registers, not tensor cores
-MERGE_WIDTH = 512  # rows * BLOCK_D that the merge takes in at a time, and values a warp
 REGISTERS = 160  # a thread, so that three programs of four warps have room on an SM, whatever the merge would like
 REGISTERS_PAGED = 168  # the most of which that is true
 
@@ -42,6 +42,7 @@ def split_kernel(
     stride_q, stride_k, stride_v, stride_o,  # (batch or page, head, row, 1), in elements
     stride_k_new, stride_v_new, stride_table,  # the like, or None; of a sequence, in entries
     heads_q, heads_kv, seqlen_q, seqlen_k, num_splits, scale, window_left, num_pages,
+    keys_per_split,  # int or None: equal shares
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     ROWS: tl.constexpr, PARTS: tl.constexpr, PAGE_SIZE: tl.constexpr, NEW_ROWS: tl.constexpr,
     SAME_STRIDES: tl.constexpr,  # of k and v
@@ -55,7 +56,8 @@ def split_kernel(
     off_hk = kv_head % heads_kv
     _, len_k = sequence_lengths(None, seqlens_k, off_b, 1, seqlen_k)
     first = first_visible_key(starts, off_b, len_k, seqlen_q, window_left)  # v4
-    keys_per_split = tl.cdiv(len_k - first, num_splits)  # v4
+    if keys_per_split is None:  # v4
+        keys_per_split = tl.cdiv(len_k - first, num_splits)
     lo = first + tl.program_id(1) * keys_per_split  # v4
     hi = tl.minimum(lo + keys_per_split, len_k)
 
@@ -161,38 +163,16 @@ def split_kernel(
                 store_rows(Out, LSE, whole, lses, offs_r, rows, seqlen_q, stride_o, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit
-def store_rows(
-    Out, LSE, out, lse, offs_m, rows, seqlen_q, stride_o, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """Write rows offs_m of the KV head whose first row Out and LSE point to."""
-    offs_d = tl.arange(0, BLOCK_D)
-    out_rows = Out + (offs_m // seqlen_q).to(tl.int64) * stride_o[1] + (offs_m % seqlen_q).to(tl.int64) * stride_o[2]
-    mask = (offs_m < rows)[:, None] & (offs_d < HEAD_DIM)[None, :]
-    tl.store(out_rows[:, None] + offs_d[None, :], out.to(Out.dtype.element_ty), mask=mask)
-    if LSE is not None:
-        tl.store(LSE + offs_m, lse, mask=offs_m < rows)
-
-
 def tiles_for(problem: AttentionProblem) -> Tiles:
     """About 16 KB of K and as much of V a block, in two buffers where shared memory is large."""
     block_n = max(16, min(256, 16384 // (block_d(problem) * problem.dtype.itemsize)))
     if problem.dtype == torch.float32:
-        warps = 4 if problem.block_table is None else 8  # v4: which have room for the addresses
+        few = problem.block_table is None and has_large_shared_memory(problem)
+        warps = 4 if few else 8  # v4: which have room for the addresses
         own = Tiles(1, block_n, warps, 2) if problem.group * problem.seqlen_q == 1 else Tiles(16, block_n, 8, 2)
     else:
         own = Tiles(16, block_n, 4, 3 if has_large_shared_memory(problem) else 2)
     return tuned_tiles("decoding v4", problem) or own
-
-
-def has_large_shared_memory(problem: AttentionProblem) -> bool:
-    return detect_gpu(problem.q.device).shared_memory >= 160 * 1024
-
-
-def has_register_limit(problem: AttentionProblem) -> bool:
-    """On NVIDIA's GPUs, but for those of sm_100, where the compiler needs none, and spills with one."""
-    gpu = detect_gpu(problem.q.device)
-    return gpu.backend == "cuda" and gpu.arch != "sm_100"
 
 
 def stages_of_pages(problem: AttentionProblem) -> int:
@@ -203,55 +183,32 @@ def stages_of_pages(problem: AttentionProblem) -> int:
     return 2 if problem.block_table is not None and detect_gpu(problem.q.device).backend != "hip" else 0
 
 
-def rows_of_a_tile(problem: AttentionProblem, least: int) -> int:
-    """The rows that share a KV head, or some of them, filled up to what tl.dot takes. A single one is up to `least`."""
-    rows = problem.group * problem.seqlen_q
-    return least if rows == 1 else min(MOST_ROWS[problem.dtype.itemsize], max(16, 1 << (rows - 1).bit_length()))
-
-
-def splits_for(problem: AttentionProblem, block_n: int) -> int:
-    """As many splits as make whole waves of programs, of which three or two are beside each other on an SM."""
-    row_blocks = cdiv(problem.group * problem.seqlen_q, rows_of_a_tile(problem, 1))
-    slots = detect_gpu(problem.q.device).sm_count * (3 if has_large_shared_memory(problem) else 2)
-    programs = problem.batch * problem.heads_kv * row_blocks
-    keys = problem.seqlen_k  # v4: or those in reach
-    if problem.window_left is not None:
-        keys = min(keys, problem.window_left + problem.seqlen_q)
-    return splits_of_whole_waves(programs, slots, cdiv(keys, block_n))
-
-
 def call_flash_decoding_v4(
     q, k, v, *, scale=None, seqlens_k=None, num_splits=None, return_lse=False, out=None, tiles=None, block_table=None,
-    window=None, starts=None, k_new=None, v_new=None, check_table=False,
+    window=None, starts=None, k_new=None, v_new=None, check_table=False, deterministic=False,
 ):  # fmt: skip
     """Attention of up to 16 queries a sequence, q [B, Hq, Sq, D], over k, v [B, Hkv, Sk, D] or pages of them,
     [pages, Hkv, page_size, D]: see decoding.flash_decoding."""
     problem = AttentionProblem.decoding(
         q, k, v, scale=scale, seqlens_k=seqlens_k, num_splits=num_splits, return_lse=return_lse, out=out,
         most_queries=VERSION.most_queries, block_table=block_table, window=window, starts=starts, k_new=k_new,
-        v_new=v_new, check_table=check_table,
+        v_new=v_new, check_table=check_table, deterministic=deterministic,
     )  # fmt: skip
     p, (block_m, block_n, num_warps, num_stages) = problem, tiles or tiles_for(problem)
     block_m, splits = rows_of_a_tile(p, block_m), p.num_splits or splits_for(p, block_n)
-    rows, width = p.group * p.seqlen_q, block_d(p)
-    programs, parts = p.batch * p.heads_kv * cdiv(rows, block_m), None
-    if splits > 1:
-        size = p.batch * p.heads_kv * splits * rows * (p.head_dim + 1)
-        parts = torch.empty(size, dtype=torch.float32, device=p.q.device)
-    rows_merged = min(MERGE_WIDTH // width, 1 << (rows - 1).bit_length())
+    programs = p.batch * p.heads_kv * cdiv(p.group * p.seqlen_q, block_m)
     registers = REGISTERS if p.block_table is None else REGISTERS_PAGED
     limit = {"maxnreg": registers} if block_m == 16 and num_warps == 4 and has_register_limit(p) else {}
     table, k_new, v_new = p.block_table, p.k_new, p.v_new
     launch(
-        split_kernel, (programs, splits), p.q.device, p.q, p.k, p.v, p.out, p.lse, parts,
+        split_kernel, (programs, splits), p.q.device, p.q, p.k, p.v, p.out, p.lse, parts_of(p, splits),
         tickets(programs, p.q.device), p.seqlens_k, p.starts, table, k_new, v_new, p.q.stride(), p.k.stride(),
         p.v.stride(), p.out.stride(), *(None if x is None else x.stride() for x in (k_new, v_new)),
         None if table is None else table.stride(0), p.heads_q, p.heads_kv, p.seqlen_q, p.seqlen_k, splits, p.scale,
-        p.window_left, p.k.shape[0], HEAD_DIM=p.head_dim, BLOCK_D=width, BLOCK_M=block_m, BLOCK_N=block_n,
-        STAGES=num_stages + stages_of_pages(p), ROWS=rows_merged,
-        PARTS=MERGE_WIDTH * num_warps // (rows_merged * width), PAGE_SIZE=p.page_size,
+        p.window_left, p.k.shape[0], p.keys_per_split, HEAD_DIM=p.head_dim, BLOCK_D=block_d(p), BLOCK_M=block_m,
+        BLOCK_N=block_n, STAGES=num_stages + stages_of_pages(p), PAGE_SIZE=p.page_size,
         NEW_ROWS=1 << (p.seqlen_q - 1).bit_length(), SAME_STRIDES=p.k.stride() == p.v.stride(), num_warps=num_warps,
-        **limit,
+        **merge_tile(p, num_warps), **limit,
     )  # fmt: skip
     return problem.result()
 
@@ -260,5 +217,5 @@ VERSION = Version(
     family="decoding", number=4, title="real caches",
     idea="Pages found by a block table, padding, a window, and new keys written by the program that reads them.",
     parent=3, requires=Requires(), call=call_flash_decoding_v4, kernels=(split_kernel,), tiles=tiles_for,
-    most_queries=16, takes=("block_table", "window", "starts", "k_new", "v_new", "check_table"),
+    most_queries=16, takes=("block_table", "window", "starts", "k_new", "v_new", "check_table", "deterministic"),
 )  # fmt: skip

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from attention_checks import (
+    FINEST,
     HALF_AND_FULL,
     Case,
     all_versions,
@@ -15,6 +16,7 @@ from attention_checks import (
     guarded_memory,
     huge,
     needs_gpu,
+    relative_error,
     skip_unless_served,
     small_tiles,
     table,
@@ -25,6 +27,7 @@ from hypothesis import strategies as st
 
 import decoding
 from common.lineage import CACHE_ARGUMENTS, find_version, versions_of
+from common.merge import merge
 from common.reference import attention_oracle
 
 every_version = all_versions("decoding")
@@ -61,6 +64,7 @@ def both(version, q, k, v, lengths, page_size, device, *, splits=3, dtype="fp16"
     """Attention over the contiguous cache and over its pages, the same bits; checked against the oracle."""
     tiles = tiles or small_tiles(version)
     seqlens_k = ints(lengths, device)
+    skip_unless_served(version, q, k, v, block_table=seqlens_k)  # before the work of making pages
     k_pages, v_pages, block_table = paged(k, v, lengths, page_size, shared=options.pop("shared", 0))
     arguments = dict(seqlens_k=seqlens_k, num_splits=splits, tiles=tiles, return_lse=True) | options
     out, lse = call(version, q, k_pages, v_pages, dtype, block_table=block_table, **arguments)
@@ -70,6 +74,15 @@ def both(version, q, k, v, lengths, page_size, device, *, splits=3, dtype="fp16"
     if options.get("starts") is None:
         assert_close(out, q, k, v, dtype, lse=lse, seqlens_k=seqlens_k, **masks)
     return out, lse
+
+
+def oracle_between(q, k, v, first, lengths):
+    """Output and LSE of each sequence over its keys first..length, where the rest may be NaN."""
+    parts = []
+    for b, (start, end) in enumerate(zip(first, lengths, strict=True)):
+        here = (x[b : b + 1, :, start:end] for x in (k, v))
+        parts.append(attention_oracle(q[b : b + 1], *here, is_causal=True, return_lse=True))
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 def lengths_around(page_size):
@@ -85,34 +98,38 @@ def test_pages(version, dtype, page_size, device):
     both(version, q, k, v, lengths, page_size, device, dtype=dtype)
 
 
+# query heads, KV heads, head dimension, page size: ratios of 1 to 64, what a model has and what no tile has
+RATIOS = [(2, 2, 64, 2), (4, 2, 80, 4), (3, 1, 128, 8), (8, 2, 256, 32), (8, 1, 128, 128), (16, 1, 80, 2),
+          (17, 1, 64, 16), (32, 1, 256, 64), (64, 1, 128, 8), (64, 1, 80, 256)]  # fmt: skip
+
+
 @every_version
-@pytest.mark.parametrize("page_size", [2, 4, 8, 32, 128])
-def test_other_pages_in_own_tiles(version, page_size, device):
-    """The other powers of two, the version's own tiles, several blocks of keys."""
-    q, k, v = Case(2, 4, 2, 1, 300, 64).tensors("bf16", device)
-    lengths = ints((300, 129), device)
-    k_pages, v_pages, block_table = paged(k, v, (300, 129), page_size)
+@pytest.mark.parametrize("heads_q, heads_kv, head_dim, page_size", RATIOS)
+def test_own_tiles(version, heads_q, heads_kv, head_dim, page_size, device):
+    """The version's own tiles and number of splits, several blocks of keys, every other size of pages."""
+    q, k, v = Case(2, heads_q, heads_kv, 1, 200, head_dim).tensors("bf16", device)
+    lengths = ints((200, 129), device)
+    k_pages, v_pages, block_table = paged(k, v, (200, 129), page_size)
     out = call(version, q, k_pages, v_pages, "bf16", block_table=block_table, seqlens_k=lengths)
     assert_close(out, q, k, v, "bf16", seqlens_k=lengths)
 
 
-GROUPS = {"1": (2, 2, 1), "mqa-64": (64, 1, 1), "3-x-3-queries": (6, 2, 3), "5-x-16-queries": (5, 1, 16)}
+GROUPS = {"1": (2, 2, 1), "mqa-64": (64, 1, 1), "3-x-3-queries": (3, 1, 3), "5-x-16-queries": (5, 1, 16)}
 
 
 @every_dtype
 @table("heads_q, heads_kv, seqlen_q", GROUPS)
 def test_groups(version, dtype, heads_q, heads_kv, seqlen_q, device):
     """One row and several, several tiles of rows; a window, for each query its own."""
-    q, k, v = Case(3, heads_q, heads_kv, seqlen_q, 75, 32).tensors(dtype, device)
-    for window in (None, (20, 0), (0, None)):
-        both(version, q, k, v, (75, 2, 40), 16, device, dtype=dtype, window=window)
+    q, k, v = Case(2, heads_q, heads_kv, seqlen_q, 60, 32).tensors(dtype, device)
+    both(version, q, k, v, (60, 2), 16, device, dtype=dtype, splits=2, window=(20, None))
 
 
 @every_version
-@pytest.mark.parametrize("splits", [1, 2, 7, 40])
+@pytest.mark.parametrize("splits", [1, 2, 13])
 def test_shared_pages(version, splits, device):
-    """A prefix that several sequences have in common lies in the cache once."""
-    q, k, v = Case(3, 2, 2, 1, 75, 32).tensors("fp16", device)
+    """A prefix that several sequences have in common lies in the cache once. No split has all keys, or each has few."""
+    q, k, v = Case(3, 2, 1, 1, 75, 32).tensors("fp16", device)
     k[1:, :, :32], v[1:, :, :32] = k[:1, :, :32], v[:1, :, :32]
     both(version, q, k, v, (75, 40, 32), 16, device, splits=splits, shared=2)
 
@@ -139,12 +156,10 @@ def test_layouts_of_pages(version, order, device):
 def test_starts(version, seqlen_q, page_size, device):
     """Left padding: what is before a sequence's first key is NaN, pages before it do not exist. Starts at the end."""
     lengths, first = (75, 75, 40, 9, 0), (0, 33, 39, 9, 0)
-    q, k, v = Case(5, 4, 2, seqlen_q, 75, 32).tensors("fp16", device)
+    q, k, v = Case(5, 2, 1, seqlen_q, 75, 32).tensors("fp16", device)
     seqlens_k, starts = ints(lengths, device), ints(first, device)
-    wanted = []
+    wanted, wanted_lse = oracle_between(q, k, v, first, lengths)
     for b, (start, end) in enumerate(zip(first, lengths, strict=True)):
-        here = (x[b : b + 1, :, start:end] for x in (k, v))
-        wanted.append(attention_oracle(q[b : b + 1], *here, is_causal=True, return_lse=True))
         k[b, :, :start] = v[b, :, :start] = k[b, :, end:] = v[b, :, end:] = math.nan
     arguments = dict(seqlens_k=seqlens_k, starts=starts, num_splits=3, return_lse=True, tiles=small_tiles(version))
     if page_size is None:
@@ -154,18 +169,18 @@ def test_starts(version, seqlen_q, page_size, device):
         for b, start in enumerate(first):
             block_table[b, : start // page_size] = -1
         out, lse = call(version, q, k, v, block_table=block_table, **arguments)
-    assert (out.double() - torch.cat([o for o, _ in wanted])).abs().max() < 4e-3
-    assert_lse_close(lse, torch.cat([x for _, x in wanted]))
+    assert (out.double() - wanted).abs().max() < 4e-3
+    assert_lse_close(lse, wanted_lse)
 
 
 @every_version
 @pytest.mark.parametrize("seqlen_q", [1, 4])
 def test_window(version, seqlen_q, device):
     """The left bound, inclusive; what no query sees is neither read nor counted, and may be NaN or have no page."""
-    lengths = (75, 3, 0, 30)
-    q, k, v = Case(4, 4, 2, seqlen_q, 75, 32).tensors("fp16", device)
+    lengths = (75, 3, 0)
+    q, k, v = Case(3, 2, 1, seqlen_q, 75, 32).tensors("fp16", device)
     seqlens_k = ints(lengths, device)
-    for left in (0, 1, 17, 74, 500):
+    for left in (0, 17, 74, 500):
         options = dict(seqlens_k=seqlens_k, window=(left, 0))
         wanted, wanted_lse = attention_oracle(q, k, v, is_causal=True, return_lse=True, **options)
         k_now, v_now = k.clone(), v.clone()
@@ -175,7 +190,7 @@ def test_window(version, seqlen_q, device):
         k_pages, v_pages, block_table = paged(k_now, v_now, lengths, 8)
         for b, length in enumerate(lengths):
             block_table[b, : max(0, length - seqlen_q - left) // 8] = 10**6
-        options |= dict(num_splits=3, tiles=small_tiles(version), return_lse=True)
+        options |= dict(num_splits=2, tiles=small_tiles(version), return_lse=True)
         out, lse = call(version, q, k_pages, v_pages, block_table=block_table, **options)
         flat, _ = call(version, q, k_now, v_now, **options)
         assert torch.equal(out, flat) and out.isfinite().all()
@@ -190,13 +205,13 @@ def test_append(version, page_size, heads_q, heads_kv, seqlen_q, device):
     """Append and attend is attend over the appended cache, to the bit; the cache then holds the new keys, and nothing
     else of it has changed. Sequences shorter than the queries; keys at the seam of two splits and of two pages.
     """
-    lengths = (75, 33, 17, 2, 0, 16)
-    case = Case(6, heads_q, heads_kv, seqlen_q, 75, 24, layout="bshd")
+    lengths = (41, 17, 16, 2, 0)  # of the 41 keys a split has 14, of the last 16 some are in each
+    case = Case(5, heads_q, heads_kv, seqlen_q, 41, 24, layout="bshd")
     q, k, v = case.tensors("fp16", device)
-    for starts in (None, ints((0, 33, 3, 2, 0, 16), device)):
+    for starts, splits in ((None, 3), (ints((30, 3, 16, 1, 0), device), 2)):
         caches, new = [], []
         for x in (k, v):
-            x, fresh = x.clone(), torch.full((6, heads_kv, seqlen_q, 24), math.nan, dtype=x.dtype, device=device)
+            x, fresh = x.clone(), torch.full((5, heads_kv, seqlen_q, 24), math.nan, dtype=x.dtype, device=device)
             for b, length in enumerate(lengths):
                 count = min(length, seqlen_q)
                 fresh[b, :, seqlen_q - count :] = x[b, :, length - count : length]
@@ -207,31 +222,30 @@ def test_append(version, page_size, heads_q, heads_kv, seqlen_q, device):
             *caches, block_table = paged(*caches, lengths, page_size)
         before = [x.clone() for x in caches]
         arguments = dict(seqlens_k=ints(lengths, device), starts=starts, block_table=block_table)
-        for splits in (1, 5):
-            options = arguments | dict(num_splits=splits, return_lse=True, tiles=small_tiles(version))
-            skip_unless_served(version, q, *caches, k_new=new[0], v_new=new[1], **options)
-            wanted, wanted_lse = call(version, q, *before, **options)
-            for x in caches:
-                for b, length in enumerate(lengths):
-                    for n in range(max(0, length - seqlen_q), length):
-                        at = (b, n) if not page_size else (int(block_table[b, n // page_size]), n % page_size)
-                        x[at[0], :, at[1]] = math.nan
-            with guarded_memory():
-                out, lse = version.call(q, *caches, k_new=new[0], v_new=new[1], **options)
-            assert torch.equal(out, wanted) and torch.equal(lse, wanted_lse)
-            for x, was in zip(caches, before, strict=True):
-                assert torch.equal(tensor_bytes(x), tensor_bytes(was))
+        options = arguments | dict(num_splits=splits, return_lse=True, tiles=small_tiles(version))
+        skip_unless_served(version, q, *caches, k_new=new[0], v_new=new[1], **options)
+        wanted, wanted_lse = call(version, q, *before, **options)
+        for x in caches:
+            for b, length in enumerate(lengths):
+                for n in range(max(0, length - seqlen_q), length):
+                    at = (b, n) if not page_size else (int(block_table[b, n // page_size]), n % page_size)
+                    x[at[0], :, at[1]] = math.nan
+        with guarded_memory():
+            out, lse = version.call(q, *caches, k_new=new[0], v_new=new[1], **options)
+        assert torch.equal(out, wanted) and torch.equal(lse, wanted_lse)
+        for x, was in zip(caches, before, strict=True):
+            assert torch.equal(tensor_bytes(x), tensor_bytes(was))
 
 
 @every_version
 def test_steps(version, device):
-    """Eight steps of generation that begin with nothing: each writes its key, the last sees all."""
-    q, k, v = Case(2, 4, 2, 8, 8, 16).tensors("fp32", device)
-    k_pages, v_pages, block_table = paged(k, v, (8, 8), 4)
+    """Six steps of generation that begin with nothing: each writes its key, the last sees all."""
+    q, k, v = Case(1, 4, 2, 6, 6, 16).tensors("fp32", device)
+    k_pages, v_pages, block_table = paged(k, v, (6,), 4)
     k_pages.fill_(math.nan), v_pages.fill_(math.nan)
-    for n in range(8):
+    for n in range(6):
         now = slice(n, n + 1)
-        options = dict(block_table=block_table, seqlens_k=ints((n + 1, n + 1), device), k_new=k[:, :, now])
+        options = dict(block_table=block_table, seqlens_k=ints((n + 1,), device), k_new=k[:, :, now])
         skip_unless_served(version, q[:, :, now], k_pages, v_pages, v_new=v[:, :, now], **options)
         out = version.call(q[:, :, now], k_pages, v_pages, v_new=v[:, :, now], **options)
         assert_close(out, q[:, :, now], k[:, :, : n + 1], v[:, :, : n + 1], "fp32")
@@ -258,9 +272,9 @@ def test_a_page_that_is_none_is_said(version, entry, device, monkeypatch):
     from common.problem import AttentionProblem
 
     monkeypatch.setattr(AttentionProblem, "_check_pages", lambda self: None)
-    q, k, v = Case(2, 4, 2, 1, 75, 24).tensors("fp16", device)
+    q, k, v = Case(2, 2, 1, 1, 75, 24).tensors("fp16", device)
     k_pages, v_pages, block_table = paged(k, v, (75, 75), 16)
-    options = dict(seqlens_k=ints((75, 75), device), num_splits=3, tiles=small_tiles(version))
+    options = dict(seqlens_k=ints((75, 75), device), num_splits=2, tiles=small_tiles(version))
     good = call(version, q, k_pages, v_pages, block_table=block_table, **options)
     block_table[1, 2] = entry
     out, lse = call(version, q, k_pages, v_pages, block_table=block_table, return_lse=True, **options)
@@ -324,32 +338,128 @@ def test_pages_are_contiguous_caches_to_the_bit(version, drawn, seed, splits, de
     both(version, q, k, v, lengths, page_size, device, splits=splits, starts=starts, window=window)
 
 
+@every_version
+@pytest.mark.parametrize("shards", [2, 3, 8])
+def test_shards_merge_into_the_whole(version, shards, device):
+    """A cache whose pages are held in several places, some of which have none of a sequence's keys: common.merge."""
+    lengths, page_size = (130, 40), 16
+    q, k, v = Case(2, 2, 1, 1, 130, 32).tensors("fp32", device)
+    k_pages, v_pages, block_table = paged(k, v, lengths, page_size)
+    each = -(-9 // shards)
+    parts = []
+    for i in range(shards):
+        held = block_table[:, i * each : (i + 1) * each]
+        here = [min(max(length - i * each * page_size, 0), held.shape[1] * page_size) for length in lengths]
+        options = dict(block_table=held, seqlens_k=ints(here, device), return_lse=True)
+        parts.append(call(version, q, k_pages, v_pages, "fp32", **options))
+    out, lse = merge(*(torch.stack(part) for part in zip(*parts, strict=True)))
+    assert_close(out, q, k, v, "fp32", limit=FINEST["fp32"], lse=lse, seqlens_k=ints(lengths, device))
+
+
+@every_dtype
+@pytest.mark.parametrize("page_size", [None, 256])
+def test_deterministic(version, dtype, page_size, device):
+    """A sequence's bits do not depend on who is beside it, nor on how many keys its cache would hold."""
+    lengths = (2300, 1024, 0, 1025)
+    q, k, v = Case(4, 2, 1, 1, 2400, 16).tensors(dtype, device)
+    x = dict(deterministic=True, return_lse=True)
+    block_table, longest = None, 2400
+    if page_size:
+        k, v, block_table = paged(k, v, (2400,) * 4, page_size, unused=0)
+        longest = block_table.shape[1] * page_size
+
+    def some(chosen, lengths, capacity):
+        """Of the chosen sequences, in a cache with room for so many keys each."""
+        if page_size:
+            caches, x["block_table"] = (k, v), block_table[chosen, : capacity // page_size]
+        else:
+            caches = [cache[chosen, :, :capacity] for cache in (k, v)]
+        return call(version, q[chosen], *caches, dtype, seqlens_k=ints(lengths, device), **x)
+
+    together = some(slice(None), lengths, longest)
+    for b, length in enumerate(lengths):
+        for capacity in {max(256, -(-length // 256) * 256), longest}:
+            alone = some(slice(b, b + 1), (length,), min(capacity, longest))
+            assert all(torch.equal(part, whole[b : b + 1]) for part, whole in zip(alone, together, strict=True))
+    others = some(slice(None), (2300, 7, 2400, 1025), longest)
+    for part, whole in zip(others, together, strict=True):
+        assert torch.equal(part[[0, 3]], whole[[0, 3]]) and not torch.equal(part[1], whole[1])
+
+
+# ---- what takes a GPU
+
+
 @needs_gpu
 @every_version
 def test_replays_with_other_tables(version, device):
-    """A captured step follows lengths and a table that change in place, and writes where they say."""
+    """A captured step follows lengths, first keys and a table that change in place, and writes where they say."""
     q, k, v = Case(2, 8, 2, 1, 512, 64).tensors("fp16", device)
     k_pages, v_pages, block_table = paged(k, v, (512, 512), 16)
-    now, lengths = block_table.clone(), ints((512, 512), device)
+    now, lengths, starts = block_table.clone(), ints((512, 512), device), ints((0, 0), device)
     new = {"k_new": torch.empty_like(k[:, :, :1]), "v_new": torch.empty_like(v[:, :, :1])}
-    skip_unless_served(version, q, k_pages, v_pages, block_table=now, seqlens_k=lengths, **new)
+    step = dict(block_table=now, seqlens_k=lengths, starts=starts, num_splits=5) | new
+    skip_unless_served(version, q, k_pages, v_pages, **step)
     for name, x in zip(new, (k, v), strict=True):
         new[name].copy_(x[:, :, 511:])
-    step = dict(block_table=now, seqlens_k=lengths, num_splits=5) | new
     version.call(q, k_pages, v_pages, **step)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = version.call(q, k_pages, v_pages, **step)
-    for given_lengths in ((512, 17), (1, 333)):
+    for given_lengths, first in (((512, 17), (0, 0)), ((1, 333), (0, 300)), ((480, 512), (479, 33))):
         lengths.copy_(ints(given_lengths, device))
-        now.copy_(block_table)
+        starts.copy_(ints(first, device))
+        now.copy_(block_table.roll(1, 0) if first[1] == 33 else block_table)
+        sequences = [1, 0] if first[1] == 33 else [0, 1]  # whose pages each row of the table has
         for b, length in enumerate(given_lengths):
-            now[b, -(-length // 16) :] = -1
+            now[b, -(-length // 16) :] = now[b, : first[b] // 16] = -1
             for name, x in zip(new, (k, v), strict=True):
-                new[name][b] = x[b, :, length - 1 : length]
+                new[name][b] = x[sequences[b], :, length - 1 : length]
         graph.replay()
         torch.cuda.synchronize()
-        assert_close(out, q, k, v, "fp16", seqlens_k=lengths)
+        wanted, _ = oracle_between(q, k[sequences], v[sequences], first, given_lengths)
+        assert relative_error(out, wanted) < FINEST["fp16"]
+
+
+@needs_gpu
+@every_version
+@pytest.mark.parametrize("page_size", [1, 16, 256])
+def test_128k_keys(version, page_size, device):
+    """The length that a model is trained for, and one less; the version's own tiles; to the bit in any batch."""
+    q, k, v = Case(2, 8, 2, 1, 131072, 128, layout="bshd").tensors("fp16", device)
+    lengths = ints((131072, 131071), device)
+    order = torch.randperm(2 * 131072 // page_size, device=device).int()
+    k_pages, v_pages = (torch.empty_like(x.transpose(1, 2)).view(-1, page_size, 2, 128) for x in (k, v))
+    k_pages[order], v_pages[order] = (x.transpose(1, 2).view(-1, page_size, 2, 128) for x in (k, v))
+    k_pages, v_pages, block_table = k_pages.transpose(1, 2), v_pages.transpose(1, 2), order.view(2, -1)
+    options = dict(seqlens_k=lengths, return_lse=True)
+    for splits in (None, 37):
+        for x in (dict(k=k, v=v), dict(k=k_pages, v=v_pages, block_table=block_table)):
+            out, lse = call(version, q, **x, **options, num_splits=splits)
+            assert_close(out, q, k, v, "fp16", limit=FINEST["fp16"], lse=lse, seqlens_k=lengths)
+    options |= dict(deterministic=True)
+    together = call(version, q, k_pages, v_pages, block_table=block_table, **options)
+    options["seqlens_k"] = lengths[1:]
+    alone = call(version, q[1:], k_pages, v_pages, block_table=block_table[1:], **options)
+    flat = call(version, q[1:], k[1:], v[1:], **options)
+    for one, other, whole in zip(alone, flat, together, strict=True):
+        assert torch.equal(one, whole[1:]) and torch.equal(other, whole[1:])
+
+
+@needs_gpu
+@every_version
+def test_more_elements_than_int32_counts(version, device):
+    """2.7 billion elements of K and as many of V, contiguous, and in pages that are mixed up within each sequence."""
+    if torch.cuda.mem_get_info()[0] < 48 << 30:
+        pytest.skip("needs 48 GiB of GPU memory")
+    torch.manual_seed(0)
+    k, v = (torch.randn(5, 65536, 8, 128, dtype=torch.float16, device=device).transpose(1, 2) for _ in range(2))
+    q = torch.randn(5, 16, 1, 128, dtype=torch.float16, device=device)
+    wanted = attention_oracle(q, k, v)
+    rows = torch.stack([torch.randperm(4096, device=device) + 4096 * b for b in range(5)])
+    pages = [x.transpose(1, 2).view(-1, 16, 8, 128).transpose(1, 2) for x in (k, v)]
+    for x in (dict(k=k, v=v), dict(k=pages[0], v=pages[1], block_table=rows.int())):
+        skip_unless_served(version, q, **x)
+        assert relative_error(version.call(q, **x), wanted) < FINEST["fp16"]
 
 
 # ---- the entry point

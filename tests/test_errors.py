@@ -187,6 +187,10 @@ CACHES = {
     "table-lengths": (
         pages([0], [1], seqlens_k=ints(4, 5)), ValueError, r"seqlens_k: lengths must lie in 0\.\.4, they .* 4 to 5"
     ),
+    "deterministic-one": (add(deterministic=1), TypeError, "deterministic: must be True or False, it is 1"),
+    "deterministic-splits": (
+        add(deterministic=True, num_splits=3), ValueError, "num_splits: deterministic=True sets .*; leave out 3"
+    ),
     "check-table": (pages([0], [1], check_table=1), TypeError, "check_table: must be True or False, it is 1"),
     "k-new-alone": (add(k_new=NEW["k_new"]), TypeError, "v_new: must be a torch.Tensor, .* it is NoneType"),
     "v-new-alone": (add(v_new=NEW["v_new"]), TypeError, "k_new: must be a torch.Tensor, .* it is NoneType"),
