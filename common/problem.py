@@ -34,8 +34,8 @@ class AttentionProblem:
 
     __slots__ = (
         "batch", "block_table", "descales", "head_dim", "heads_kv", "heads_q", "k", "k_new", "keys_per_split", "lse",
-        "num_splits", "out", "page_size", "q", "rank3", "return_lse", "scale", "seqlen_k", "seqlen_q", "seqlens_k", "seqlens_q", "starts",
-        "v", "v_new", "window_left", "window_right",
+        "num_splits", "out", "page_size", "q", "rank3", "return_lse", "scale", "seqlen_k", "seqlen_q", "seqlens_k",
+        "seqlens_q", "starts", "v", "v_new", "window_left", "window_right",
     )  # fmt: skip
 
     @classmethod

@@ -22,8 +22,14 @@ from common.masking import sequence_lengths
 from common.merge import merge_parts
 from common.problem import AttentionProblem
 from common.split_keys import (
-    has_large_shared_memory, has_register_limit, merge_tile, parts_of, rows_of_a_tile, splits_for, store_rows,
-)  # fmt: skip
+    has_large_shared_memory,
+    has_register_limit,
+    merge_tile,
+    parts_of,
+    rows_of_a_tile,
+    splits_for,
+    store_rows,
+)
 from common.tickets import tickets
 
 REGISTERS = 160  # a thread, so that three programs of four warps have room on an SM, whatever the merge would like
