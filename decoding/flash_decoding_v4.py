@@ -172,12 +172,14 @@ def split_kernel(
 def tiles_for(problem: AttentionProblem) -> Tiles:
     """About 16 KB of K and as much of V a block, in two buffers where shared memory is large."""
     block_n = max(16, min(256, 16384 // (block_d(problem) * problem.dtype.itemsize)))
+    paged, large = problem.block_table is not None, has_large_shared_memory(problem)
     if problem.dtype == torch.float32:
-        few = problem.block_table is None and has_large_shared_memory(problem)
-        warps = 4 if few else 8  # v4: which have room for the addresses
+        warps = 4 if large and not paged else 8  # v4: which have room for the addresses
         own = Tiles(1, block_n, warps, 2) if problem.group * problem.seqlen_q == 1 else Tiles(16, block_n, 8, 2)
+    elif paged and block_n > 64:  # v4: the like, in smaller blocks, of which more are on the way
+        own = Tiles(16, 64, 4, 5 if large else 3)
     else:
-        own = Tiles(16, block_n, 4, 3 if has_large_shared_memory(problem) else 2)
+        own = Tiles(16, block_n, 4, 3 if large else 2)
     return tuned_tiles("decoding v4", problem) or own
 
 

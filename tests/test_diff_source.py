@@ -99,6 +99,7 @@ EXCEPTIONS = {
     ("prefill", "v9"): "the maximum and the sums change their form everywhere; wide heads need the output in pieces",
     ("decoding", "v2"): "rows of several queries and heads take the place of one row",
     ("decoding", "v3"): "the second kernel goes, and its work moves into the first",
+    ("decoding", "v4"): "four features that caches need together; what later versions share moves to common",
 }
 
 
