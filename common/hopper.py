@@ -130,7 +130,8 @@ def _fields(shape: torch.Size, strides: tuple, dtype: torch.dtype, block: tuple)
     if len(block) == 5:
         shape[2:3], strides[2:3] = [2, shape[2] // 2], [strides[2], 2 * strides[2]]
     layout = gl.NVMMASharedLayout.get_default_for(list(block), GLUON_DTYPE[dtype])
-    return vars(TensorDescriptor(torch.empty(0, dtype=dtype, device="meta"), shape, strides, list(block), layout))
+    found = TensorDescriptor(torch.empty(0, dtype=dtype, device="meta"), shape, strides, list(block), layout)
+    return vars(found) | {"like": object()}  # what common/dispatch.py knows them by
 
 
 def for_tma(x: torch.Tensor, even_rows: bool = False) -> torch.Tensor:

@@ -7,7 +7,9 @@ import pathlib
 from typing import NamedTuple
 
 import torch
+from triton.runtime.jit import JITFunction
 
+from common import dispatch
 from common.hardware import detect_gpu
 from common.problem import AttentionProblem
 
@@ -89,11 +91,14 @@ def launch(kernel, grid: tuple, device: torch.device, *args, **options):
     """
     if 0 in grid:
         return
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[grid](*args, **options, enable_fp_fusion=True)
+    options["enable_fp_fusion"] = True
+    if device.type != "cuda" or not isinstance(kernel, JITFunction):  # interpreted, or compiled and not run
+        kernel[grid](*args, **options)
+    elif device.index == torch.cuda.current_device():
+        dispatch.run(kernel, grid, device, args, options)
     else:
-        kernel[grid](*args, **options, enable_fp_fusion=True)
+        with torch.cuda.device(device):
+            dispatch.run(kernel, grid, device, args, options)
 
 
 def launch_attention(kernel, grid: tuple, problem: AttentionProblem, tiles: Tiles, **extra):

@@ -104,12 +104,15 @@ def launches(monkeypatch) -> list[tuple]:
     """The grids of the kernels that were launched; nothing runs."""
     from triton.runtime.jit import KernelInterface
 
+    from common import dispatch
+
     grids = []
 
     def record(kernel, grid):
         return lambda *args, **options: grids.append(grid(options) if callable(grid) else grid)
 
     monkeypatch.setattr(KernelInterface, "__getitem__", record)
+    monkeypatch.setattr(dispatch, "_prepared", {})
     return grids
 
 

@@ -1,0 +1,178 @@
+"""Launching a kernel again without Triton's dispatcher, which takes longer than all else that the host does in a call.
+
+Triton finds the compiled kernel that a launch wants by what it specialises on: dtypes, which addresses and numbers 16
+divides, which numbers are 1, constants. Here the first launch goes through Triton and tells which kernel that was; a
+later one with the same arguments finds it in a table. The same to the last digit, but for addresses, where 16 divides
+both or neither: what Triton makes of a number need not be known. TMA descriptors are encoded once for each address.
+
+Wherever something is not as Triton 3.6 to 3.9 have it, wherever somebody watches launches, and on other GPUs than
+NVIDIA's, a launch goes through Triton.
+"""
+
+import copy
+import inspect
+import marshal
+import operator
+from types import NoneType
+
+import torch
+import triton
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.jit import JITFunction
+
+MOST = 4096  # kernels with arguments that are remembered; addresses of one kernel's descriptors
+
+_EXACT = frozenset({int, float, bool, str, tuple, NoneType})  # tuples of these
+_prepared: "dict[tuple, Prepared]" = {}
+
+
+def run(kernel, grid: tuple, device: torch.device, args: tuple, options: dict):
+    """kernel[grid](*args, **options) on `device`, which is the current one, and its current stream."""
+    key, values = known_by(kernel, device, args, options)
+    found = _prepared.get(key)
+    if found is not None and not is_watched(kernel):
+        found(grid, device, values)
+        return
+    compiled = kernel[grid](*args, **options)
+    if found is None and key is not None and (found := prepare(kernel, compiled, len(args), options)) is not None:
+        if len(_prepared) >= MOST:
+            _prepared.clear()
+        _prepared[key] = found
+
+
+def known_by(kernel, device: torch.device, args: tuple, options: dict) -> tuple[tuple | None, list]:
+    """What a launch is remembered by, None if it cannot be; and all its arguments, addresses instead of tensors."""
+    values = [*args, *options.values()]
+    exact = [*values, *options]  # the options' names too
+    key = [id(kernel), device, len(args)]
+    for i, x in enumerate(values):
+        kind = type(x)
+        if kind in _EXACT:
+            continue
+        exact[i] = ...
+        if kind is torch.Tensor:
+            values[i] = address = x.data_ptr()
+            key += (x.dtype, address % 16 == 0)
+        elif kind is TensorDescriptor and "like" in x.__dict__:
+            key.append(x.__dict__["like"])
+        else:
+            return None, values
+    try:
+        key.append(marshal.dumps(exact, 2))  # tells 1 from True and 1.0, which a table takes for equal
+    except ValueError:
+        return None, values
+    return tuple(key), values
+
+
+def is_watched(kernel) -> bool:
+    """Whether launches must go through Triton, since a profiler or the like wants to see them."""
+    runtime = knobs.runtime
+    return bool(
+        getattr(runtime.launch_enter_hook, "calls", True)
+        or getattr(runtime.launch_exit_hook, "calls", True)
+        or kernel.pre_run_hooks
+        or knobs.compilation.instrumentation_mode
+    )
+
+
+def prepare(kernel, compiled, positional: int, options: dict) -> "Prepared | None":
+    """How to launch `compiled` again, which `kernel` became for that many positional arguments and these options."""
+    try:
+        return Prepared(kernel, compiled, positional, options)
+    except Exception:  # of whatever kind: Triton has changed, and its own way works
+        return None
+
+
+class Prepared:
+    """A compiled kernel that is launched with the values of known_by."""
+
+    __slots__ = ("call", "compiled", "descriptors", "encoded", "kernel", "order", "stream_of")
+
+    def __init__(self, kernel, compiled, positional: int, options: dict):
+        from triton.backends.nvidia.driver import CudaLauncher
+
+        names = [*kernel.arg_names[:positional], *options]
+        usual = isinstance(kernel, JITFunction) and type(compiled) is CompiledKernel and len(kernel.arg_names) > 1
+        if not usual or type(compiled.run) is not CudaLauncher or is_watched(kernel):
+            raise NotImplementedError("not a launch that is known here")
+        self.kernel, self.compiled = kernel, compiled  # kept: another kernel would get the id
+        self.order = operator.itemgetter(*(names.index(name) for name in kernel.arg_names))
+        self.stream_of = triton.runtime.driver.active.get_current_stream
+        self.encoded = {}
+        try:
+            self.descriptors = _descriptors(compiled)
+            self.call = _call_in_c(compiled, bool(self.descriptors))
+        except Exception:  # the kernel wants scratch memory, or Triton has changed
+            self.descriptors = ()
+            self.call = _call_in_python(compiled)
+
+    def __call__(self, grid: tuple, device: torch.device, values: list):
+        x, y, z = (*grid, 1, 1)[:3]
+        self.call(x, y, z, self.stream_of(device.index), self.arguments(values))
+
+    def arguments(self, values: list) -> tuple | list:
+        """`values` in the kernel's order; descriptors as what they are encoded as."""
+        arguments = self.order(values)
+        if not self.descriptors:
+            return arguments
+        arguments = list(arguments)
+        for i, encode in self.descriptors:
+            x = arguments[i]
+            key = (i, x.base.data_ptr(), x.__dict__["like"])
+            found = self.encoded.get(key)
+            if found is None:
+                if len(self.encoded) >= MOST:
+                    self.encoded.clear()
+                found = self.encoded[key] = encode(x)
+            arguments[i : i + 1] = found
+        return arguments
+
+
+def _descriptors(compiled) -> list:
+    """(position, function that encodes one) of the kernel's TMA descriptors, last first."""
+    from triton.backends.nvidia import driver
+
+    kinds = enumerate(compiled.src.signature.values())
+    found = [i for i, kind in kinds if isinstance(kind, str) and kind.startswith("tensordesc")]
+    if not found:
+        return []
+    more = (None,) * (len(inspect.signature(driver.make_tensordesc_arg).parameters) - 2)  # Triton 3.9 has a third
+
+    def encoder(meta):
+        return lambda x: driver.make_tensordesc_arg(x, meta, *more)
+
+    metas = compiled.metadata.tensordesc_meta
+    if None in metas:
+        raise NotImplementedError("a descriptor that is no TMA descriptor")
+    return [(i, encoder(meta)) for i, meta in zip(found, metas, strict=True)][::-1]
+
+
+def _call_in_c(compiled, has_descriptors: bool):
+    """call(x, y, z, stream, arguments): the C function as Triton's launcher calls it, descriptors encoded before.
+
+    What it is given besides is what the launcher itself gives it, when it is called with marks.
+    """
+    launcher, given, marks, arguments = copy.copy(compiled.run), [], [object() for _ in range(4)], (object(), object())
+    in_c, launcher.launch = launcher.launch, lambda *args: given.extend(args)
+    launcher(*marks, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+    if has_descriptors:
+        in_c = inspect.getclosurevars(in_c).nonlocals["launcher"]
+    if given[:4] == marks and given[-1] == arguments:  # from Triton 3.7 on
+        constant = given[4:-1]
+        return lambda x, y, z, stream, arguments: in_c(x, y, z, stream, *constant, arguments)
+    if given[:4] == marks and tuple(given[-2:]) == arguments:
+        constant = given[4:-2]
+        return lambda x, y, z, stream, arguments: in_c(x, y, z, stream, *constant, *arguments)
+    raise NotImplementedError("a launcher that is not known here")
+
+
+def _call_in_python(compiled):
+    """The like by Triton's launcher, which takes scratch memory for kernels that want some."""
+    launcher, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+
+    def call(x, y, z, stream, arguments):
+        launcher(x, y, z, stream, function, metadata, None, None, None, *arguments)
+
+    return call
