@@ -20,7 +20,7 @@ from common.lineage import versions_of
 METRIC = {"prefill": ("tflops", "TFLOP/s"), "decoding": ("gbps", "GB/s")}
 TIMING = {"prefill": "events", "decoding": "graph"}  # what a family's speed means where nothing else is said
 CEILING = {"prefill": "matmul", "decoding": "read"}
-OWN, PARENT, PLAN = "own tiles", "parent tiles", "plan"
+OWN, PARENT, PLAN, PLAIN = "own tiles", "parent tiles", "plan", "plain call"
 HALF = ("fp16", "bf16")
 FIRST_STEP = "eager"  # what the first version is compared with
 NEAR = 2.2  # a size is compared with a ceiling measured at most so many times larger or smaller
@@ -130,7 +130,7 @@ class Book:
         self.cells = sorted({Cell.of(r) for r in self.records}, key=_order)
 
     def _key(self, record):
-        variant = record["variant"] if record.get("variant") in (PARENT, PLAN) else OWN
+        variant = record["variant"] if record.get("variant") in (PARENT, PLAN, PLAIN) else OWN
         return record["version"], variant, record.get("timing") or TIMING[self.family], Cell.of(record)
 
     def runs(self, who: str, cell: Cell, variant: str = OWN, timing: str | None = None) -> dict[str, Record]:
@@ -163,6 +163,17 @@ class Book:
         """Speed of `who` over the speed of `base`, from pair()."""
         both = self.pair(who, base, cell, variant, timing)
         return self.speed(both[0]) / self.speed(both[1]) if both else None
+
+    def against(self, who: str, cell: Cell, other: Cell) -> float | None:
+        """How many times faster `who` is at `cell` than at `other`, in the newest run that has both."""
+        mine, theirs = self.runs(who, cell), self.runs(who, other)
+        run = max(mine.keys() & theirs.keys(), default=None)
+        both = run and passed(mine[run]) and passed(theirs[run])
+        return theirs[run]["median_ms"] / mine[run]["median_ms"] if both else None
+
+    def launched_ms(self, record: Record | None) -> float | None:
+        """Of a record of eager calls: one alone, from the host's start until the GPU is done; None where not taken."""
+        return record.get("latency_ms") if passed(record) else None
 
     def ratios(self, who: str, base: str | None, variant: str = OWN, dtypes: tuple = HALF) -> dict[Cell, float]:
         """ratio() at every cell of these dtypes where it exists."""
@@ -250,13 +261,17 @@ class Sweep(NamedTuple):
     def label(self, family: str = "prefill") -> str:
         """ "fp16, D=128, causal, 16 heads, 16k tokens"."""
         mask = [("causal" if self.causal else "full") + (f" window {self.rest[0]}" if self.rest[0] else "")]
-        _, lengths, layout, page_size, queries = self.rest
-        extra = ["ragged"] if lengths else []
-        extra += [layout] if layout not in (None, "bshd") else []
-        extra += [f"page {page_size}"] if page_size else []
-        extra += [f"{queries} queries"] if queries else []
         mask = mask if family == "prefill" else []
-        return ", ".join([self.dtype, f"D={self.head_dim}", *mask, self.heads, self.size, *extra])
+        return ", ".join([self.dtype, f"D={self.head_dim}", *mask, self.heads, self.size, *self.extra])
+
+    @property
+    def extra(self) -> list[str]:
+        """What else is not the usual: ["ragged", "page 16"]."""
+        _, lengths, layout, page_size, queries = self.rest
+        found = ["ragged"] if lengths else []
+        found += [layout] if layout not in (None, "bshd") else []
+        found += [f"page {page_size}"] if page_size else []
+        return found + ([f"{queries} queries"] if queries else [])
 
 
 def sweeps(cells: Iterable[Cell]) -> dict[Sweep, list[Cell]]:

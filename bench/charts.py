@@ -9,6 +9,7 @@ the axis and never a speed; a version whose code has changed since is dotted and
 
 import argparse
 import itertools
+import json
 import math
 import pathlib
 import sys
@@ -23,6 +24,7 @@ from bench.book import (
     METRIC,
     OWN,
     PARENT,
+    PLAN,
     Book,
     Cell,
     Sweep,
@@ -30,6 +32,7 @@ from bench.book import (
     digest,
     measured_on,
     passed,
+    version_number,
 )
 from bench.book import sweeps as sweeps_of
 from bench.cases import FP8, short
@@ -96,10 +99,14 @@ def _figures(book: Book, envs: dict):
         name = f"{book.family}-{dtype}" + ("" if most[dtype] == (dtype, size) else f"-{size.replace(' ', '-')}")
         if book.family == "decoding" and headline and dtype == headline.dtype:
             name = "decoding"
-            if any(book.latest(v, c, timing="eager") for v in book.versions for s in group for c in all_sweeps[s]):
-                yield "decoding-launched", _speed_figure(book, envs, group, timing="eager")
         yield name, _speed_figure(book, envs, group)
-    further = {"shapes": _shapes_figure, "gain": _gain_figure, "memory": _memory_figure, "fp8": _fp8_figure}
+    further = {"shapes": _shapes_figure, "gain": _gain_figure}
+    if book.family == "prefill":
+        further |= {"memory": _memory_figure, "fp8": _fp8_figure}
+    else:
+        further |= {
+            "launched": _launched_figure, "ragged": _ragged_figure, "paged": _paged_figure, "fp8": _fp8_cache_figure
+        }  # fmt: skip
     for name, draw in further.items():
         if figure := draw(book, envs):
             yield f"{book.family}-{name}", figure
@@ -221,39 +228,36 @@ def _length_axis(axes, lengths: Iterable[int], label: str) -> None:
 # ---- speed over length
 
 
-def _speed_figure(book: Book, envs: dict, group: list[Sweep], timing: str | None = None):
+def _speed_figure(book: Book, envs: dict, group: list[Sweep]):
     """A panel per sweep; of prefill with several head dimensions the masks are rows."""
     all_sweeps = sweeps_of(book.cells)
     at, cells = _places(group), [cell for sweep in group for cell in all_sweeps[sweep]]
     rows, wide = (1 + max(place[i] for place in at.values()) for i in (0, 1))
     sizes = sorted({sweep.size for sweep in group}) if book.family == "prefill" else []
-    title = f"{_what(book, timing)} over {'sequence' if book.family == 'prefill' else 'context'} length: "
+    title = f"{_what(book)} over {'sequence' if book.family == 'prefill' else 'context'} length: "
     title += _where(book, envs, group[0].dtype, *sizes)
     notes = ["Names carry the speed at the end of the line, bands go from p20 to p80."]
-    notes += _notes(book, envs, cells, timing)
+    notes += _notes(book, envs, cells)
     columns = [Column(width=2.95 if wide > 1 else 5.2)] * wide
     figure, axes = _panels(title, [" ".join(notes[:-1]), notes[-1]], columns, rows, 3.4 if rows == 1 else 3.0)
-    top = 1.06 * max((y for cell in cells for y in _tops(book, cell, timing)), default=1.0)
+    top = 1.06 * max((y for cell in cells for y in _tops(book, cell)), default=1.0)
     for panel in {panel for row in axes for panel in row} - {axes[row][column] for row, column in at.values()}:
         panel.remove()
     for sweep, (row, column) in at.items():
         panel = axes[row][column]
         panel.set_ylim(0, top)
         panel.set_ylabel(book.unit if column == 0 else "")
-        _speed_panel(book, panel, sweep, all_sweeps[sweep], timing)
+        _speed_panel(book, panel, sweep, all_sweeps[sweep])
     return figure
 
 
-def _what(book: Book, timing: str | None) -> str:
-    how = " launched eagerly" if timing == "eager" else ""
-    return f"{book.family.capitalize()}{how}, {book.unit}"
+def _what(book: Book) -> str:
+    return f"{book.family.capitalize()}, {book.unit}"
 
 
-def _notes(book: Book, envs: dict, cells: list[Cell], timing: str | None) -> list[str]:
+def _notes(book: Book, envs: dict, cells: list[Cell]) -> list[str]:
     notes = [_about_ceiling(book)]
-    if timing == "eager":
-        notes.append("Each call launched from Python, host time included.")
-    if any(record and not passed(record) for cell in cells for record in _records(book, cell, timing)):
+    if any(record and not passed(record) for cell in cells for record in _records(book, cell)):
         notes.append("A cross on the axis: wrong at that shape, so no speed.")
     return [note for note in notes if note] + [_software(book, envs)]
 
@@ -278,22 +282,22 @@ def _about_ceiling(book: Book) -> str:
     return f"Ceiling: {what}, measured in the same run."
 
 
-def _records(book: Book, cell: Cell, timing: str | None) -> list[Record | None]:
-    return [book.latest(name, cell, timing=timing) for name in [*book.versions, *book.peers]]
+def _records(book: Book, cell: Cell) -> list[Record | None]:
+    return [book.latest(name, cell) for name in [*book.versions, *book.peers]]
 
 
-def _tops(book: Book, cell: Cell, timing: str | None) -> list[float]:
-    records = [record for record in _records(book, cell, timing) if passed(record)]
+def _tops(book: Book, cell: Cell) -> list[float]:
+    records = [record for record in _records(book, cell) if passed(record)]
     ceilings = [ceiling[book.metric] for record in records if (ceiling := book.ceiling(record))]
     return [book.speed(record) for record in records] + ceilings
 
 
-def _speed_panel(book: Book, axes, sweep: Sweep, cells: list[Cell], timing: str | None) -> None:
+def _speed_panel(book: Book, axes, sweep: Sweep, cells: list[Cell]) -> None:
     ends = []
     lengths = [cell.seqlen_k for cell in cells]
     _length_axis(axes, lengths, "sequence length" if book.family == "prefill" else "context length")
     for name in [*book.peers, *book.versions]:
-        found = {cell.seqlen_k: book.latest(name, cell, timing=timing) for cell in cells}
+        found = {cell.seqlen_k: book.latest(name, cell) for cell in cells}
         green = {length: record for length, record in found.items() if passed(record)}
         stale = any(record and record.get("stale") for record in found.values())
         red = [length for length, record in found.items() if record and not passed(record)]
@@ -313,19 +317,19 @@ def _speed_panel(book: Book, axes, sweep: Sweep, cells: list[Cell], timing: str 
             axes.fill_between(known, *zip(*band, strict=True), color=ink, alpha=0.16, linewidth=0, zorder=3)
         text = f"{_label(name, stale)} {values[-1]:.0f}"
         ends.append((max(green), values[-1], text, ink if ink != PEER else "#6a6a6a", ink != PEER))
-    ceilings = {cell.seqlen_k: _ceiling_at(book, cell, timing) for cell in cells}
+    ceilings = {cell.seqlen_k: _ceiling_at(book, cell) for cell in cells}
     ceilings = {length: value for length, value in ceilings.items() if value}
     if ceilings:
         axes.plot(*zip(*ceilings.items(), strict=True), "--", color=CEILING, linewidth=1.1, zorder=1)
         ends.append((max(ceilings), ceilings[max(ceilings)], f"ceiling {ceilings[max(ceilings)]:.0f}", CEILING, False))
     mask = f", {cells[0].mask}" if book.family == "prefill" else ""
-    size = "" if book.family == "prefill" else f", {sweep.size}"
-    axes.set_title(f"D={sweep.head_dim}{mask}, {sweep.heads}{size}", loc="left", color="#333333")
+    more = [] if book.family == "prefill" else [sweep.size, *sweep.extra]
+    axes.set_title(", ".join([f"D={sweep.head_dim}{mask}", sweep.heads, *more]), loc="left", color="#333333")
     _end_labels(axes, ends)
 
 
-def _ceiling_at(book: Book, cell: Cell, timing: str | None) -> float | None:
-    found = (book.ceiling(record) for record in _records(book, cell, timing) if record)
+def _ceiling_at(book: Book, cell: Cell) -> float | None:
+    found = (book.ceiling(record) for record in _records(book, cell) if record)
     return next((ceiling[book.metric] for ceiling in found if ceiling), None)
 
 
@@ -334,15 +338,16 @@ def _shapes_figure(book: Book, envs: dict):
     headline = book.headline()
     cells = [cells[0] for cells in sweeps_of(book.cells).values() if len(cells) == 1]
     cells = [cell for cell in cells if headline and cell.dtype == headline.dtype]
+    cells = [cell for cell in cells if not cell.lengths and not cell.page_size]  # which have charts of their own
     cells.sort(key=lambda cell: (cell.batch, cell.seqlen_k, str(cell)))
     if not cells:
         return None
-    notes = ["Grey bars: peers, the fastest one named; dashed: the ceiling.", *_notes(book, envs, cells, None)]
-    title = f"{_what(book, None)} of further shapes: {_where(book, envs, headline.dtype)}"
-    columns = [Column(2.0, 5.6, 0.4)]
+    notes = ["Grey bars: peers, the fastest one named; dashed: the ceiling.", *_notes(book, envs, cells)]
+    title = f"{_what(book)} of further shapes: {_where(book, envs, headline.dtype)}"
+    columns = [Column(2.2, 5.4, 0.4)]
     figure, ((axes,),) = _panels(title, [" ".join(notes[:-1]), notes[-1]], columns, height=0.55 * len(cells) + 0.2)
     for row, cell in enumerate(cells):
-        records = [record for record in _records(book, cell, None) if record]
+        records = [record for record in _records(book, cell) if record]
         for record in records:
             ink = colour(record["version"])
             if not passed(record):
@@ -351,7 +356,7 @@ def _shapes_figure(book: Book, envs: dict):
             look = _look(record["version"], bool(record.get("stale"))) | {"linestyle": "none"}
             look |= {"marker": "|", "markersize": 9, "markeredgewidth": 1.4} if ink == PEER else {}
             axes.plot([book.speed(record)], [row], **look)
-        if ceiling := _ceiling_at(book, cell, None):
+        if ceiling := _ceiling_at(book, cell):
             axes.plot([ceiling] * 2, [row - 0.4, row + 0.4], "--", color=CEILING, linewidth=1.1)
         _name_in_row(book, axes, row, [r for r in records if r["role"] == "peer"], "#6a6a6a", -5, "top")
         versions = [record for record in records if record["role"] == "version" and passed(record)][-1:]
@@ -401,7 +406,11 @@ def _gain_figure(book: Book, envs: dict):
     steps = _steps(book)
     if not steps:
         return None
-    masks = sorted({cell.causal for *_, found in steps for ratios in found.values() for cell in ratios})
+
+    def mask(cell: Cell) -> bool:
+        return cell.causal and book.family == "prefill"
+
+    masks = sorted({mask(cell) for *_, found in steps for ratios in found.values() for cell in ratios})
     rows = [(name, base, variant, ratios) for name, base, found in steps for variant, ratios in found.items() if ratios]
     dtypes = [d for d in HALF if any(cell.dtype == d for *_, ratios in rows for cell in ratios)]
     notes = ["A point is a shape, the bar and the number their geometric mean. Both sides of a ratio are of one run."]
@@ -422,7 +431,7 @@ def _gain_figure(book: Book, envs: dict):
         _gain_axis(axes, min(values), max(values))
         axes.axvline(1, color=CEILING, linewidth=1, zorder=1)
         for place, (name, _, variant, ratios) in zip(places, rows, strict=True):
-            here = [value for cell, value in ratios.items() if cell.causal == causal]
+            here = [value for cell, value in ratios.items() if mask(cell) == causal]
             if not here:
                 continue
             face = colour(name) if variant == OWN else "white"
@@ -464,8 +473,6 @@ def _gain_axis(axes, low: float, high: float) -> None:
 
 def _memory_figure(book: Book, envs: dict):
     """Peak memory of one sequence over its length, eager PyTorch's beside the kernels'."""
-    if book.family != "prefill":
-        return None
     best, data = None, {}
     for sweep, cells in sweeps_of(book.cells).items():
         found = {}
@@ -595,6 +602,215 @@ def _fp8_panel(book: Book, axes, series: dict[str, list[Record]], limits: dict[s
         axes.text(limit, 0.02 + 0.05 * step, f"limit {limit:g} ", transform=axes.get_xaxis_transform(), ha="right",
                   fontsize=7, color=CEILING)  # fmt: skip
     _end_labels(axes, ends)
+
+
+# ---- decoding: launches, and caches as they are in use
+
+
+def _launched_figure(book: Book, envs: dict):
+    """A panel per version: kernel time and eager call over context length, one sequence; the gap is the launch."""
+    headline, all_sweeps = book.headline(), sweeps_of(book.cells)
+    found = {s: cells for s, cells in all_sweeps.items() if headline and s.batch == 1 and s.dtype == headline.dtype}
+    found = {s: cells for s, cells in found.items() if len(cells) > 1 and not s.extra}
+    names = [v for v in book.versions if any(_launched(book, v, c) for cells in found.values() for c in cells)]
+    if not names:
+        return None
+    sweep = max(found, key=lambda s: (len(found[s]), s.head_dim))
+    names = [name for name in names if any(_launched(book, name, cell) for cell in found[sweep])]
+    series = {name: _launched_series(book, name, found[sweep]) for name in names}
+    floor = next((c["median_ms"] * 1000 for c in reversed(book.given) if c["version"] == "launch"), None)
+    notes = [
+        "Solid: the kernel, in a CUDA graph. Dashed: one eager call alone, from the host's start until the GPU is done;"
+        " the shaded gap is what launching and waiting cost, in bold at the shortest context."
+    ]
+    if any(points["plan"] for points in series.values()):
+        notes[0] += " Dotted: the same through a plan object."
+    if floor:
+        notes[0] += f" Grey: PyTorch's fill of one number, called and waited for alone, {floor:.0f} us."
+    title = f"Decoding, time of a step over context length, {sweep.heads}, D={sweep.head_dim}, one sequence: "
+    wide = min(3, len(names))
+    columns = [Column(0.62, 2.7, 1.22) if wide > 1 else Column(0.7, 5.2, 1.4)] * wide
+    rows = -(-len(names) // wide)
+    title += _where(book, envs, sweep.dtype)
+    figure, axes = _panels(title, [*notes, _software(book, envs)], columns, rows, 2.7)
+    drawn = [t for points in series.values() for line in points.values() for t in line.values()]
+    for place in range(rows * wide):
+        panel = axes[place // wide][place % wide]
+        if place >= len(names):
+            panel.remove()
+            continue
+        panel.set_ylabel("microseconds" if place % wide == 0 else "")
+        panel.set_yscale("log", base=10)
+        panel.set_ylim(min([*drawn, floor or math.inf]) / 1.3, max(drawn) * 1.3)
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _length_axis(panel, [cell.seqlen_k for cell in found[sweep]], "context length")
+        if floor:
+            panel.axhline(floor, color=PEER, linewidth=0.9, zorder=1)
+        stale = any(r and r.get("stale") for r in (book.latest(names[place], cell) for cell in found[sweep]))
+        _launched_panel(panel, names[place], series[names[place]], stale)
+    return figure
+
+
+def _launched(book: Book, name: str, cell: Cell, variant: str = OWN) -> float | None:
+    return book.launched_ms(book.latest(name, cell, variant, "eager"))
+
+
+def _launched_series(book: Book, name: str, cells: list[Cell]) -> dict[str, dict[int, float]]:
+    """{"kernel", "eager", "plan": {length: microseconds}}"""
+    kernels = {cell: book.latest(name, cell) for cell in cells}
+    return {
+        "kernel": {c.seqlen_k: 1000 * r["median_ms"] for c, r in kernels.items() if passed(r)},
+        "eager": {c.seqlen_k: 1000 * ms for c in cells if (ms := _launched(book, name, c))},
+        "plan": {c.seqlen_k: 1000 * ms for c in cells if (ms := _launched(book, name, c, PLAN))},
+    }
+
+
+def _launched_panel(axes, name: str, series: dict[str, dict[int, float]], stale: bool) -> None:
+    ink, look, ends = colour(name), _look(name, stale), []
+    styles = {"kernel": {}, "eager": {"linestyle": "--"}, "plan": {"linestyle": ":"}}
+    for what, points in series.items():
+        if points:
+            thin = {} if what == "kernel" else {"linewidth": 1.3, "markersize": 3.5}
+            axes.plot(list(points), list(points.values()), **look | styles[what] | thin)
+            last = max(points)
+            ends.append((last, points[last], f"{what} {points[last]:.0f} us", ink, what == "kernel"))
+    both = sorted(series["kernel"].keys() & series["eager"].keys())
+    if both:
+        kernel, eager, plan = (series[what] for what in ("kernel", "eager", "plan"))
+        axes.fill_between(
+            both, [kernel[x] for x in both], [eager[x] for x in both], color=ink, alpha=0.13, linewidth=0, zorder=1
+        )
+        gaps = [f"eager +{eager[both[0]] - kernel[both[0]]:.0f} us"]
+        gaps += [f"plan +{plan[both[0]] - kernel[both[0]]:.0f} us"] if both[0] in plan else []
+        axes.annotate(
+            "\n".join([f"at {short(both[0])}", *gaps]), (0.04, 0.96), xycoords="axes fraction", va="top",
+            fontsize=LABEL_SIZE, color=ink, fontweight="bold",
+        )  # fmt: skip
+    axes.set_title(_label(name, stale), loc="left", color=ink, fontweight="bold")
+    _end_labels(axes, ends)
+
+
+def _ragged_figure(book: Book, envs: dict):
+    """A bar per version and peer for each ragged batch."""
+    cells = [cell for cell in book.cells if cell.lengths and any(map(passed, _records(book, cell)))]
+    if not cells:
+        return None
+    bars = [[r for r in _records(book, cell) if r] for cell in cells]
+    notes = [
+        "Counted are the keys and values up to each length. Dashed: a kernel that only reads, about as many bytes in "
+        "one piece, in the same run.", _software(book, envs),
+    ]  # fmt: skip
+    dtypes = " and ".join(dict.fromkeys(cell.dtype for cell in cells))
+    title = f"Decoding a ragged batch, GB/s: {_where(book, envs, dtypes)}"
+    tallest = max(map(len, bars))
+    columns = [Column(1.15, 5.4, 1.75)]
+    figure, axes = _panels(title, notes, columns, len(cells), 0.3 * tallest + 0.3)
+    for (panel,), cell, records in zip(axes, cells, bars, strict=True):
+        _ragged_panel(book, panel, cell, records)
+    return figure
+
+
+def _ragged_panel(book: Book, axes, cell: Cell, records: list[Record]) -> None:
+    lengths = json.loads(cell.lengths)
+    names = [_label(record["version"], bool(record.get("stale"))) for record in records]
+    for row, record in enumerate(records):
+        ink = colour(record["version"])
+        if not passed(record):
+            axes.plot([0], [row], "x", color=ink, markersize=7, markeredgewidth=2, clip_on=False, zorder=6)
+            text = "  red: wrong here, so no speed"
+            axes.text(0, row, text, va="center", fontsize=LABEL_SIZE, color=ink)
+            continue
+        look = {"color": "white", "edgecolor": ink, "hatch": "///"} if record.get("stale") else {"color": ink}
+        axes.barh([row], [book.speed(record)], height=0.66, **look)
+        share = book.of_ceiling(record)
+        text = f"{book.speed(record):.0f}" + (f", {100 * share:.0f} % of ceiling" if share else "")
+        axes.annotate(
+            text, (1.02, row), xycoords=axes.get_yaxis_transform(), va="center", fontsize=LABEL_SIZE,
+            color=ink if ink != PEER else "#6a6a6a", fontweight="bold" if ink != PEER else "normal",
+            annotation_clip=False,
+        )  # fmt: skip
+    ceiling = _ceiling_at(book, cell)
+    if ceiling:
+        axes.axvline(ceiling, linestyle="--", linewidth=1.1, color=CEILING)
+        axes.annotate(
+            f"ceiling {ceiling:.0f}", (ceiling, 1.0), (0, 3), xycoords=axes.get_xaxis_transform(),
+            textcoords="offset points", ha="right", fontsize=LABEL_SIZE, color=CEILING,
+        )  # fmt: skip
+    top = max([book.speed(record) for record in records if passed(record)] + [ceiling or 0.0])
+    axes.set_xlim(0, 1.02 * top)
+    axes.set_ylim(len(records) - 0.4, -0.6)
+    axes.set_yticks(range(len(records)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(book.unit)
+    pages = f", pages of {cell.page_size}" if cell.page_size else ""
+    what = f"{cell.batch} sequences of {short(min(lengths))} to {short(max(lengths))} keys, {sum(lengths):,} in all, "
+    axes.set_title(f"{what}{cell.heads} heads, D={cell.head_dim}{pages}", loc="left", color="#333333", pad=16)
+
+
+def _paged_figure(book: Book, envs: dict):
+    """Speed with pages over speed without, shape by shape."""
+    pairs = {cell: cell._replace(page_size=None) for cell in book.cells if cell.page_size}
+    notes = ["Pages anywhere in memory, found by a block table, against one contiguous cache, in the same run."]
+    title = f"Decoding, caches in pages over contiguous ones: {_where(book, envs, *_dtypes_of(pairs))}"
+    return _against_figure(book, envs, pairs, title, notes, "speed over contiguous", 0.95)
+
+
+def _fp8_cache_figure(book: Book, envs: dict):
+    """Speed over FP8 caches over that over 16 bits, shape by shape."""
+    pairs = {cell: cell._replace(dtype="fp16") for cell in book.cells if cell.dtype in FP8}
+    notes = ["Half the bytes: twice as fast is what reading alone would give. Queries and output have 16 bits."]
+    title = f"Decoding, FP8 caches over 16 bits: {_where(book, envs, *_dtypes_of(pairs))}"
+    return _against_figure(book, envs, pairs, title, notes, "times as fast as with 16 bits", 1.8)
+
+
+def _dtypes_of(cells: Iterable[Cell]) -> list[str]:
+    return list(dict.fromkeys(cell.dtype for cell in cells))
+
+
+def _against_figure(book: Book, envs: dict, pairs: dict[Cell, Cell], title: str, notes: list[str], what: str, target):
+    """A row for each pair of cells; a mark for each provider at how many times faster it is at the first."""
+    names = [*book.peers, *book.versions]
+    found = {c: {n: ratio for n in names if (ratio := book.against(n, c, other))} for c, other in pairs.items()}
+    cells = sorted((cell for cell in found if found[cell]), key=lambda cell: (cell.batch * cell.seqlen_k, str(cell)))
+    if not cells:
+        return None
+    names = [name for name in names if any(name in found[cell] for cell in cells)]
+    columns = [Column(2.6, 5.0, 1.1)]
+    notes = [*notes, _software(book, envs)]
+    height = 0.46 * len(cells) + 0.2
+    figure, ((axes,),) = _panels(title, notes, columns, height=height)
+    looks = {name: _look(name, book.is_stale(name)) | {"linestyle": "none"} for name in names}
+    for name in names:
+        looks[name] |= {"marker": "|", "markersize": 10, "markeredgewidth": 1.6} if colour(name) == PEER else {}
+    step = min(0.2, 0.6 / len(names))  # marks of a row stand below each other, since they often have one place
+    for row, cell in enumerate(cells):
+        for name, ratio in found[cell].items():
+            axes.plot([ratio], [row + step * (names.index(name) - (len(names) - 1) / 2)], **looks[name])
+        name = max((n for n in found[cell] if colour(n) != PEER), key=version_number, default=None)
+        if name:
+            axes.annotate(
+                f"{_label(name, book.is_stale(name))} {times(found[cell][name])}", (1.03, row),
+                xycoords=axes.get_yaxis_transform(), va="center", fontsize=LABEL_SIZE, color=colour(name),
+                fontweight="bold", annotation_clip=False,
+            )  # fmt: skip
+    values = [ratio for cell in cells for ratio in found[cell].values()] + [1.0, target]
+    margin = 0.08 * (max(values) - min(values))
+    axes.set_xlim(min(values) - margin, max(values) + margin)
+    axes.axvline(1, color=CEILING, linewidth=1, zorder=1)
+    axes.axvline(target, color=CEILING, linewidth=1.1, linestyle="--", zorder=1)
+    axes.annotate(
+        f"target {target:g}x", (target, 1.0), (0, 3), xycoords=axes.get_xaxis_transform(), textcoords="offset points",
+        ha="center", fontsize=7.5, color=CEILING,
+    )  # fmt: skip
+    shown = [axes.plot([], [], label=_label(name, book.is_stale(name)), **looks[name])[0] for name in names]
+    axes.legend(handles=shown, loc="lower left", bbox_to_anchor=(-0.02, 1 + 0.16 / height), ncols=10, frameon=False,
+                fontsize=LABEL_SIZE, handletextpad=0.1, columnspacing=1.2)  # fmt: skip
+    axes.set_yticks(range(len(cells)), [cell.label(book.family) for cell in cells])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(cells) - 0.4, -0.6)
+    axes.set_xlabel(what)
+    return figure
 
 
 def main(argv: list[str] | None = None) -> int:

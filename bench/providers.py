@@ -17,10 +17,12 @@ import torch
 
 from bench.cases import FP8, Case
 from bench.inputs import Inputs
-from common.lineage import Version, find_version, parent_of
+from common.hardware import detect_gpu
+from common.lineage import Version, find_version, parent_of, versions_of
 from common.reference import eager_attention
 
 OWN, PARENT = "own tiles", "parent tiles"
+PLAIN = "plain call"  # own tiles, called through flash_decoding, which chooses the version
 PLAN = "plan"  # own tiles, called through a plan object, which did all that can be done once
 
 
@@ -30,8 +32,8 @@ class NotHere(Exception):
 
 @dataclass(frozen=True)
 class Entrant:
-    """Who is measured: role "version" or "peer", name "v2" or "fa3", variant OWN, PARENT or PLAN (peers: OWN); process
-    is the name of the process that it runs in.
+    """Who is measured: role "version" or "peer", name "v2" or "fa3", variant OWN, PARENT, PLAIN or PLAN (peers:
+    OWN); process is the name of the process that it runs in.
     """
 
     role: str
@@ -70,6 +72,8 @@ def bind_version(version: Version, variant: str, inputs: Inputs) -> Bound:
     tensors, options = inputs.version_arguments()
     if reason := version.why_not_call(*tensors, **options):
         raise NotHere(reason)
+    if variant == PLAIN:
+        return _plain(version, tensors, options)
     if variant == PLAN:
         return _plan(version, tensors, options)
     problem = inputs.problem()
@@ -96,6 +100,16 @@ def no_plans() -> str | None:
     import decoding
 
     return None if hasattr(decoding, "plan_decoding") else "decoding has no plan_decoding"
+
+
+def _plain(version: Version, tensors: tuple, options: dict) -> Bound:
+    """A decoding step as the package has it: the version is chosen in each call."""
+    from decoding import flash_decoding
+
+    later = [v for v in versions_of("decoding") if v.number > version.number]
+    if any(v.why_not(detect_gpu()) is None and v.why_not_call(*tensors, **options) is None for v in later):
+        raise NotHere("is not the version that flash_decoding chooses")
+    return Bound(lambda out: flash_decoding(*tensors, **options))
 
 
 def _plan(version: Version, tensors: tuple, options: dict) -> Bound:

@@ -45,7 +45,7 @@ class Record(TypedDict, total=False):
     layout: str | None
     page_size: int | None
     num_splits: int | None
-    variant: str  # "own tiles" or "parent tiles"; "plan": own tiles, called through decoding.plan_decoding
+    variant: str  # "own tiles" or "parent tiles"; of own tiles also "plain call" and "plan", eager
     config: dict[str, Any] | None
     timing: str  # "events", "graph" or "eager"
     median_ms: float | None

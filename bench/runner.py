@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import pathlib
 import random
@@ -19,6 +20,7 @@ from bench.providers import (
     OWN,
     PARENT,
     PEERS,
+    PLAIN,
     PLAN,
     Entrant,
     NotHere,
@@ -91,8 +93,9 @@ def plan(family: str, args) -> tuple[list[tuple[Case, list[Entrant]]], list[str]
         entrants = [entrant for version in taking for entrant in version_entrants(version, case)]
         if args.preset == "paper" and (thin or not _alone_too(case)):
             entrants = [entrant for entrant in entrants if entrant.variant == OWN]
-        if taking and case.plain and case.dtype == "fp16" and family == "decoding" and not no_plans():
-            entrants.append(Entrant("version", taking[-1].name, PLAN))
+        if taking and case.plain and case.dtype == "fp16" and family == "decoding":
+            ways = (PLAIN,) if no_plans() else (PLAIN, PLAN)
+            entrants += [Entrant("version", taking[-1].name, way) for way in ways]
         entrants += [
             Entrant("peer", peer.name, process=peer.process) for peer in peers if _takes_part(peer, case, args)
         ]
@@ -102,13 +105,19 @@ def plan(family: str, args) -> tuple[list[tuple[Case, list[Entrant]]], list[str]
             for who in (*versions, *peers):
                 reason = why_not_case(who, case) if isinstance(who, Version) else who.why_not(case)
                 if reason:
-                    not_taking.setdefault((who.name, reason), []).append(case)
-    notes += [f"{name} {reason}: {len(cases)} cases without it" for (name, reason), cases in not_taking.items()]
+                    not_taking.setdefault((case, reason), []).append(who.name)
+    notes += _absences(not_taking)
     if family == "decoding" and (reason := no_plans()):
         notes.append(f"absent: plan ({reason})")
     if not cells:
         raise ValueError("nothing to measure: no version and no peer that is installed takes these cases")
     return cells, notes
+
+
+def _absences(not_taking: dict[tuple[Case, str], list[str]]) -> list[str]:
+    """One line for each reason: "v1, v2 (takes no block_table): not in 3 cases"."""
+    counts = collections.Counter((", ".join(names), reason) for (_, reason), names in not_taking.items())
+    return [f"{names} ({reason}): not in {count} of the cases" for (names, reason), count in counts.items()]
 
 
 def _alone_too(case: Case) -> bool:
@@ -434,7 +443,7 @@ class Run:
             return self.workers[entrant.process].ask(do, timeout, entrant=dataclasses.asdict(entrant), **request)
         except NotHere as reason:
             attempt.absent = str(reason)
-            if entrant.role == "version" and entrant.variant != PARENT:
+            if entrant.role == "version" and entrant.variant in (OWN, PLAN):
                 self._say(f"{entrant.name} {reason}")
         except Failed as reason:
             attempt.judge(str(reason), timings)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from tabulate import tabulate
 
-from bench import results
+from bench import results, targets
 from bench.book import (
     FIRST_STEP,
     HALF,
@@ -36,7 +36,7 @@ from common.lineage import versions_of
 
 SHOWN = "nvidia-h200"  # whose records README.md and docs/ show
 NO_RECORDS = "No records yet."
-LEFT = ("idea", "with", "shape", "dtype", "worst shape", "best shape", "16 bits", "FP8", "")
+LEFT = ("idea", "with", "shape", "dtype", "target", "met", "worst shape", "best shape", "16 bits", "FP8", "")
 
 
 # ---- numbers as text
@@ -325,6 +325,49 @@ def fp8_table(book: Book) -> str | None:
     return f"{cell.label(book.family).replace(cell.dtype, 'FP8', 1)}.\n\n{_table(rows, 'pipe')}" if rows else None
 
 
+def targets_table(book: Book) -> str | None:
+    """Decoding's targets, then every shape beside the best peer of the same run."""
+    if not book.records:
+        return None
+    show = {"x": times, "%": percent, "us": lambda value: "-" if value is None else f"{value:.0f} us"}
+    rows = []
+    for target in targets.targets(book, geomean):
+        text, worst = show[target.unit], target.worst
+        rows.append({
+            "target": target.what,
+            "wanted": f"{'at least' if target.least else 'at most'} {text(target.wanted)}",
+            "measured": text(target.value),
+            "met": target.met,
+            "shapes": str(len(target.values)) + (f" of {target.shapes}" if target.shapes else ""),
+            "worst shape": f"{text(target.values[worst])}: {worst.label('decoding')}" if worst else "",
+        })  # fmt: skip
+    shapes = []
+    for row in targets.shape_rows(book):
+        shapes.append({
+            "shape": row.cell.label("decoding"),
+            "best of ours, GB/s": f"{_name(row.ours)} {number(book.speed(row.ours))}" if row.ours else "no record yet",
+            "best peer, GB/s": f"{row.peer['version']} {number(book.speed(row.peer))}" if row.peer else "-",
+            "over the best peer": times(row.ratio),
+            "of the read ceiling": percent(row.of_ceiling),
+        })  # fmt: skip
+    return f"{_table(rows, 'pipe')}\n\n{_table(shapes, 'pipe')}"
+
+
+def launched_table(book: Book) -> str | None:
+    """What the newest version's calls take beyond the kernel, shape by shape; None where it was not measured."""
+    found = targets.launches(book)
+    rows = []
+    for launch in found:
+        row = {"shape": launch.cell.label("decoding"), "kernel, us": f"{launch.name} {number(launch.kernel)}"}
+        for what, value in (("call", launch.call), ("flash_decoding", launch.plain), ("plan", launch.plan)):
+            row[what] = f"{number(value)} (+{number(value - launch.kernel)})" if value else "-"
+        rows.append(row)
+    floor = next((c["median_ms"] for c in reversed(book.given) if c["version"] == "launch"), None)
+    about = f" PyTorch's fill of one number takes {number(1000 * floor)} us." if floor else ""
+    title = "Microseconds of one call alone, from the host's start until the GPU is done; in brackets beyond its kernel"
+    return f"{title}.{about}\n\n{_table(rows, 'pipe')}" if rows else None
+
+
 def machine_table(envs: dict) -> str | None:
     """Where the numbers come from, a row per run."""
     wanted = ("date", "gpu", "driver", "torch", "triton", "cuda", "cudnn")
@@ -382,6 +425,8 @@ def _machine() -> str | None:
 
 TABLES: dict[str, Callable[[], str | None]] = {
     "machine": _machine,
+    "decoding-targets": _shown(lambda shown: targets_table(shown.book), "decoding"),
+    "decoding-launched": _shown(lambda shown: launched_table(shown.book), "decoding"),
     "prefill-fp8": _shown(lambda shown: fp8_table(shown.book), "prefill"),
     "prefill-peers-fp8": _shown(lambda shown: peers_table(shown.book, "pipe", FP8), "prefill"),
 }

@@ -43,8 +43,8 @@ CALLS_ALONE = 40
 
 
 def timings_of(family: str, entrant: Entrant) -> tuple[str, ...]:
-    """How an entrant is timed. A plan launches the version's own kernel, so that only its launch is new."""
-    return ("eager",) if entrant.variant == providers.PLAN else FAMILY_TIMINGS[family]
+    """How an entrant is timed. Other ways to call a version launch the same kernel: only the launch is new."""
+    return ("eager",) if entrant.variant in (providers.PLAIN, providers.PLAN) else FAMILY_TIMINGS[family]
 
 
 # ---- inside the process

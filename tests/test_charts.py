@@ -33,31 +33,41 @@ def drawn(many):
     return figures(many)
 
 
-def test_the_charts_of_both_families(drawn):
+@pytest.fixture(scope="module")
+def decoding():
+    """Six versions; v2 is wrong on the ragged batch, v3 is stale."""
+    records = synthetic.records("decoding", versions=6) + synthetic.records("decoding", versions=6, preset="seed")
+    records = [red(r) if r["version"] == "v2" and r["lengths"] else r for r in records]
+    return figures([r | {"stale": True} if r["version"] == "v3" else r for r in records], "decoding")
+
+
+def test_the_charts_of_both_families(drawn, decoding):
+    all_of_decoding = decoding
     assert set(drawn) == {
         "prefill", "prefill-fp16", "prefill-fp16-batch-2", "prefill-bf16", "prefill-e4m3", "prefill-shapes",
         "prefill-gain", "prefill-memory", "prefill-fp8",
     }  # fmt: skip
     decoding = figures(synthetic.grid("decoding", versions=1), "decoding")
-    assert set(decoding) == {
-        "decoding", "decoding-bf16", "decoding-launched", "decoding-fp32", "decoding-shapes", "decoding-gain",
-    }  # fmt: skip
+    first = {"decoding", "decoding-bf16", "decoding-fp32", "decoding-shapes", "decoding-gain", "decoding-launched",
+             "decoding-ragged"}  # fmt: skip
+    assert set(decoding) == first | {"decoding-paged"}, "FA3 has pages"
     assert {"v1 over eager", "v1 over FA2"} <= set(texts(decoding["decoding-gain"]))
+    assert set(all_of_decoding) == first | {"decoding-paged", "decoding-fp8", "decoding-e4m3"}
 
 
-def test_each_chart_says_gpu_and_date_and_that_it_was_recorded(drawn):
-    for name, figure in drawn.items():
+def test_each_chart_says_gpu_and_date_and_that_it_was_recorded(drawn, decoding):
+    for name, figure in (drawn | decoding).items():
         found = " ".join(texts(figure))
         assert "Test GPU" in found and "2026-01-01" in found and "Recorded; torch 2.13.0; triton 3.7.1" in found, name
 
 
-def test_nothing_is_cut_and_no_names_overlap(drawn):
+def test_nothing_is_cut_and_no_names_overlap(drawn, decoding):
     """All text lies inside the picture, and names at line ends do not lie on each other."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     text_of = matplotlib.text.Text
 
-    for name, figure in drawn.items():
+    for name, figure in (drawn | decoding).items():
         FigureCanvasAgg(figure).draw()
         edge, boxes = figure.bbox, []
         axes = [axis for panel in figure.axes for axis in (panel.xaxis, panel.yaxis)]
@@ -121,6 +131,35 @@ def test_the_values_drawn_are_the_values_recorded(many, drawn):
     cells = {c.seqlen_k: c for c in book.cells if c[:3] == ("fp16", 256, False)}
     assert list(line.get_xdata()) == sorted(cells)
     assert list(line.get_ydata()) == [book.speed(book.latest("v7", cells[length])) for length in sorted(cells)]
+
+
+def test_the_launch_is_the_gap_between_kernel_and_call(decoding):
+    """Of each version a panel, its own axes the same as the others'; the plan only where there is one."""
+    panels = {axes.get_title(loc="left"): axes for axes in decoding["decoding-launched"].axes}
+    assert list(panels) == ["v1", "v2", "v3 (stale)", "v4", "v5", "v6"]
+    assert len({axes.get_ylim() for axes in panels.values()}) == 1
+    lines = [[line for line in axes.get_lines() if line.get_color() != charts.PEER] for axes in panels.values()]
+    assert [len(found) for found in lines] == [2, 2, 2, 2, 2, 3]
+    kernel, call, plan = (line.get_ydata() for line in lines[5])
+    assert call - kernel == pytest.approx([31] * 4) and plan - kernel == pytest.approx([11] * 4)
+    assert "at 1k\neager +31 us\nplan +11 us" in texts(decoding["decoding-launched"])
+    assert any("fill of one number" in text and "11 us" in text for text in texts(decoding["decoding-launched"]))
+
+
+def test_the_ragged_batch_has_a_bar_for_each_and_a_cross_for_who_is_wrong(decoding):
+    (axes,) = decoding["decoding-ragged"].axes
+    assert len(axes.patches) == 7 and [patch.get_y() for patch in axes.patches].count(1 - 0.33) == 0
+    found = texts(decoding["decoding-ragged"])
+    assert "  red: wrong here, so no speed" in found and any("64 sequences of 1 to 64k keys" in text for text in found)
+    assert sum("of ceiling" in text for text in found) == 7
+
+
+def test_pages_and_eight_bits_are_ratios_to_the_same_shape(decoding):
+    for name, what, target in (("decoding-paged", 0.96, "target 0.95x"), ("decoding-fp8", 2, "target 1.8x")):
+        (axes,) = decoding[name].axes
+        ours = [line for line in axes.get_lines() if line.get_color() == charts.colour("v6") and len(line.get_xdata())]
+        assert ours and all(line.get_xdata()[0] == pytest.approx(what, rel=0.1) for line in ours)
+        assert target in texts(decoding[name])
 
 
 def test_memory_grows_as_recorded(drawn):

@@ -1,10 +1,11 @@
 """Tables say what the records say: no speed for a red gate, ratios inside one run, stale marked, worst cells shown."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
-from bench import results, tables
+from bench import results, tables, targets
 from bench.book import OWN, PARENT, Book, Cell, mark_stale, sweeps
 from bench.cases import cases_for
 from common.lineage import versions_of
@@ -182,6 +183,87 @@ def test_fp8_table_gives_error_limit_and_gain():
     text = tables.fp8_table(Book(synthetic.records("prefill"), "prefill"))
     cells = row(text, "v3")
     assert cells[1] == "e4m3" and cells[-2:] == ["0.05", "0.06"] and cells[3] == "1.71x"
+
+
+# ---- decoding's targets
+
+SHAPE, SMALL = targets.wanted_cells(("fp16",))[5], targets.wanted_cells(("fp16",))[2]
+
+
+def step(version: str, speed: float, role: str = "version", dtype: str = "fp16", run_id: str = RUN, **fields) -> dict:
+    """A record of the shape SHAPE of preset paper, or of what `fields` make of it."""
+    case = next(c for c in cases_for("decoding", "paper") if Cell.of(results.case_fields(c)) == SHAPE)
+    changed = {name: fields.pop(name) for name in ("page_size", "lengths", "seqlen_k", "batch") if name in fields}
+    case = replace(case, dtype=dtype, **changed)
+    return synthetic.record(case, version, role, speed, run_id=run_id, **fields)
+
+
+def found(records: list[dict]) -> dict[str, targets.Target]:
+    return {target.what: target for target in targets.targets(Book(records, "decoding"), tables.geomean)}
+
+
+def test_the_best_of_ours_meets_the_best_peer_of_its_own_run():
+    records = [step("v1", 900.0), step("v2", 990.0), step("cudnn", 1000.0, "peer"), step("fa3", 800.0, "peer"),
+               step("v2", 1500.0, run_id=LATER)]  # fmt: skip
+    (row,) = [row for row in targets.shape_rows(Book(records, "decoding")) if row.ours]
+    assert row.cell == SHAPE and row.ours["gbps"] == 990.0 and row.peer["version"] == "cudnn"
+    assert row.ratio == pytest.approx(0.99)
+    target = found(records)["speed over the best peer, every 16-bit shape"]
+    assert target.met == "so far" and target.values == {SHAPE: pytest.approx(0.99)}
+    slower = found([step("v2", 989.0), *records[2:4]])["speed over the best peer, every 16-bit shape"]
+    assert slower.met == "no" and slower.worst == SHAPE
+
+
+def test_a_red_gate_meets_no_target():
+    records = [red(step("v2", 2000.0)), step("v1", 500.0), step("cudnn", 1000.0, "peer")]
+    (row,) = [row for row in targets.shape_rows(Book(records, "decoding")) if row.ours]
+    assert row.ours["version"] == "v1"
+    assert all(row.ours is None for row in targets.shape_rows(Book(records[:1], "decoding")))
+
+
+def test_shares_of_the_ceiling_go_where_their_size_is():
+    ceiling = dict.fromkeys(results.SHAPE) | {
+        "family": "decoding", "pass": "ceiling", "role": "ceiling", "tflops": None, "version": "read", "dtype": "fp16",
+        "run_id": RUN, "gbps": 4000.0, "stale": False,
+    }  # fmt: skip
+    small = {"batch": SMALL.batch, "seqlen_k": SMALL.seqlen_k}
+    records = [step("v1", 3900.0), step("v1", 2000.0, **small), ceiling | {"bytes": 537e6}, ceiling | {"bytes": 34e6}]
+    shares = found(records)
+    assert shares["of the read ceiling, 268 MB and more"].values == {SHAPE: pytest.approx(0.975)}
+    assert shares["of the read ceiling, 34 MB"].values == {SMALL: pytest.approx(0.5)}
+    assert found(records[:3])["of the read ceiling, 34 MB"].values == {}, "no ceiling of another size"
+
+
+def test_eight_bits_and_pages_are_set_against_the_same_shape_and_run():
+    """Of e4m3 half the bytes at 0.95 of the rate are 1.9 times as fast; the bytes of q and out count too."""
+    records = [step("v5", 4000.0), step("v6", 4000.0, dtype="e4m3", run_id=LATER), step("v5", 3800.0, dtype="e4m3"),
+               step("v5", 3900.0, page_size=16)]  # fmt: skip
+    fp8, paged = (found(records)[name] for name in ("FP8 caches over 16 bits, from 268 MB on",
+                                                    "pages of 16 over contiguous"))  # fmt: skip
+    assert list(fp8.values.values()) == [pytest.approx(1.9, rel=0.01)] and fp8.met == "yes"
+    assert list(paged.values.values()) == [pytest.approx(0.975)] and paged.met == "yes"
+    small = step("v5", 3800.0, dtype="e4m3", batch=1), step("v5", 4000.0, batch=1)
+    assert found(list(small))["FP8 caches over 16 bits, from 268 MB on"].values == {}
+
+
+def test_what_a_launch_costs_is_of_the_newest_version_and_of_one_run():
+    kernel = [step("v1", 4000.0), step("v2", 4000.0)]
+    ms = kernel[1]["median_ms"]
+    calls = [step("v2", 1.0, timing="eager", variant=variant, latency_ms=ms + gap)
+             for variant, gap in ((OWN, 0.03), ("plain call", 0.036), ("plan", 0.0115))]  # fmt: skip
+    old = step("v1", 1.0, timing="eager", latency_ms=9.0)
+    (launch,) = targets.launches(Book([*kernel, *calls, old], "decoding"))
+    assert launch.name == "v2" and launch.plan - launch.kernel == pytest.approx(11.5)
+    met = {what: target.met for what, target in found([*kernel, *calls]).items() if "call to finished" in what}
+    assert list(met.values()) == ["yes", "no"]
+    assert targets.launches(Book([*kernel, step("v2", 1.0, timing="eager")], "decoding")) == [], "older records"
+
+
+def test_targets_without_records_say_so():
+    text = tables.targets_table(Book([step("v1", 900.0)], "decoding")).replace("\u00a0", " ")
+    assert row(text, "ragged batch, of the read ceiling")[3] == "no record yet"
+    assert text.count("no record yet") == 9 + len(targets.wanted_cells()) - 1, "every target; every shape but one"
+    assert tables.targets_table(Book([], "decoding")) is None
 
 
 @pytest.mark.parametrize("records", [[], synthetic.records("decoding", preset="quick")])
