@@ -85,7 +85,7 @@ def plan(family: str, args) -> tuple[list[tuple[Case, list[Entrant]]], list[str]
     """
     versions = [find_version(family, name) for name in args.versions] if args.versions else list(versions_of(family))
     peers, notes = choose_peers(family, args.peers)
-    cells, not_taking = [], {}
+    cells, not_taking = [], collections.Counter()
     for case in cases_for(family, args.preset, **command_line.axes(args)):
         taking = [version for version in versions if why_not_case(version, case) is None]
         thin = args.preset == "paper" and case.dtype == "bf16" and not args.versions
@@ -105,7 +105,7 @@ def plan(family: str, args) -> tuple[list[tuple[Case, list[Entrant]]], list[str]
             for who in (*versions, *peers):
                 reason = why_not_case(who, case) if isinstance(who, Version) else who.why_not(case)
                 if reason:
-                    not_taking.setdefault((case, reason), []).append(who.name)
+                    not_taking[who.name, reason] += 1
     notes += _absences(not_taking)
     if family == "decoding" and (reason := no_plans()):
         notes.append(f"absent: plan ({reason})")
@@ -114,10 +114,12 @@ def plan(family: str, args) -> tuple[list[tuple[Case, list[Entrant]]], list[str]
     return cells, notes
 
 
-def _absences(not_taking: dict[tuple[Case, str], list[str]]) -> list[str]:
-    """One line for each reason: "v1, v2 (takes no block_table): not in 3 cases"."""
-    counts = collections.Counter((", ".join(names), reason) for (_, reason), names in not_taking.items())
-    return [f"{names} ({reason}): not in {count} of the cases" for (names, reason), count in counts.items()]
+def _absences(not_taking: dict[tuple[str, str], int]) -> list[str]:
+    """One line for each reason: "v1, v2 (takes no block_table): not in 3 of the cases". {(name, reason): cases}"""
+    names = {}
+    for (name, reason), count in not_taking.items():
+        names.setdefault((reason, count), []).append(name)
+    return [f"{', '.join(who)} ({reason}): not in {count} of the cases" for (reason, count), who in names.items()]
 
 
 def _alone_too(case: Case) -> bool:

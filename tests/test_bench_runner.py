@@ -293,9 +293,9 @@ def test_who_takes_no_such_cache_is_named(monkeypatch):
         assert not (case.seqlen_q > 1 and "v1" in names) and not (case.lengths and "cudnn" in names)
         assert case.plain and case.dtype == "fp16" or all(e.variant == OWN for e in entrants)
     said = " | ".join(notes)
-    assert "v1, v2, v3 (takes no block_table): not in 3 of the cases" in said
-    assert "v1, v2, v3, v4 (has no FP8 path): not in 8 of the cases" in said
-    assert "cudnn, fa2, flashinfer, efficient, eager (takes no pages here): not in 3" in said
+    assert re.search(r"v1, v2, v3(, v\d+)* \(takes no block_table\): not in 3 of the cases", said)
+    assert re.search(r"v1, v2, v3, v4(, v\d+)* \(has no FP8 path\): not in 8 of the cases", said)
+    assert re.search(r"cudnn, fa2, flash_attn, eager \(takes no pages here\): not in 3 of the cases", said)
 
 
 def test_a_plan_is_a_further_way_to_call_the_newest(monkeypatch):
