@@ -3,8 +3,8 @@
 Idea: one program an SM that goes from tile to tile without a break: the next tile's first QK^T is issued with this
   tile's last PV, and this tile's output is stored under the next tile's products.
 Changed: a loop over tiles around v6's; a table says which program does which tiles, longest first to whoever is free
-  first; two buffers for Q, and the output has its own; three warpgroups at head_dim 64; a row sum is put together
-  once a tile.
+  first (common/tile_table.py); the producer and what reads the table are common/persistent.py; two buffers for Q, and
+  the output has its own; three warpgroups at head_dim 64; a row sum is put together once a tile.
 Expect: v6 pays about one block of keys for beginning and ending a tile, so 20 % at S = 512 (4 blocks), 10 % at 1k, 2
   % at 8k; causal more, as its tiles are half as long and the last wave is uneven: 25 % at 512, 8 % at 8k.
 Limits: v6's, and head_dim at most 128: beyond, a second query buffer does not fit. First call of a shape makes the
@@ -25,8 +25,6 @@ from common.hopper import (
     allocate_ring,
     declines_on_hopper,
     descriptor,
-    fill,
-    key_blocks,
     masked,
     refuse_on_hopper,
     release,
@@ -36,39 +34,9 @@ from common.hopper import (
 )
 from common.launch import Tiles, block_d, launch
 from common.lineage import Requires, Version
+from common.persistent import MW, first_scores, own_blocks, producer, right_and_guard, tile_of
 from common.problem import AttentionProblem
 from common.tile_table import MAX_HEADS, tile_table
-
-MW = gl.constexpr(64)  # rows of a warpgroup
-
-
-@gluon.jit
-def tile_of(table, t, heads_q, group, BM: gl.constexpr):
-    """Tile t of this program: batch, head, KV head, first row, first block of keys and one past the last."""
-    entry = table + ((t + 1) * gl.num_programs(0) + gl.program_id(0)) * 2
-    code = gl.load(entry)
-    blocks = gl.load(entry + 1)
-    off_h = (code >> 16) % heads_q
-    return (code >> 16) // heads_q, off_h, off_h // group, (code & 0xFFFF) * BM, blocks & 0xFFFF, blocks >> 16
-
-
-@gluon.jit
-def producer(descs, rings, table, heads_q, group, GROUPS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
-    q_desc, k_desc, v_desc = descs
-    q_ring, k_ring, v_ring = rings
-    i = 0  # number of the block of keys, over all tiles
-    for t in range(gl.load(table + gl.program_id(0) * 2)):
-        off_b, off_h, off_hk, start_m, lo, hi = tile_of(table, t, heads_q, group, GROUPS * MW)
-        for g in gl.static_range(GROUPS):
-            fill(q_ring, q_desc, [off_b, off_h, start_m + g * MW, 0], t * GROUPS + g, 2 * GROUPS)
-            if g == 0:
-                fill(k_ring, k_desc, [off_b, off_hk, (hi - 1) * BN, 0], i, STAGES)
-        for j in range(hi - 2, lo - 1, -1):
-            fill(k_ring, k_desc, [off_b, off_hk, j * BN, 0], i + 1, STAGES)
-            fill(v_ring, v_desc, [off_b, off_hk, (j + 1) * BN, 0], i, STAGES)
-            i += 1
-        fill(v_ring, v_desc, [off_b, off_hk, lo * BN, 0], i, STAGES)
-        i += 1
 
 
 @gluon.jit
@@ -120,17 +88,17 @@ def step(
 
 
 @gluon.jit
-def consumer(
-    g: gl.constexpr, args, sizes, GUARD: gl.constexpr, GROUPS: gl.constexpr, HEAD_DIM: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
+def consumer(g: gl.constexpr, args, sizes, GUARD: gl.constexpr, GROUPS: gl.constexpr):
     """Rows g * 64 .. of every tile: softmax(Q K^T) V for one warpgroup, from the last block of keys to the first."""
-    o_desc, LSE, o_bufs, rings, table, heads_q, group, scale_log2 = args
-    Q_SLOTS: gl.constexpr = 2 * GROUPS
+    o_desc, LSE, o_bufs, rings, table, heads_q, scale_log2 = args
+    q_ring, k_ring, v_ring = rings
+    Q_SLOTS: gl.constexpr = q_ring[0].shape[0]
+    STAGES: gl.constexpr = k_ring[0].shape[0]
+    BN: gl.constexpr = v_ring[0].shape[3]
+    HEAD_DIM: gl.constexpr = v_ring[0].shape[4]
     dtype: gl.constexpr = o_desc.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    q_ring, k_ring, v_ring = rings
     tiles = gl.load(table + gl.program_id(0) * 2)
     rows = g * MW + gl.arange(0, MW, layout=gl.SliceLayout(1, S_LAYOUT))
     zero = gl.zeros([MW, BN], gl.float32, S_LAYOUT)
@@ -138,19 +106,10 @@ def consumer(
     l_none = part_sums(zero)
 
     # the first tile's first block has no tile before it to hide under
-    off_b, off_h, _, start_m, lo, tile_hi = tile_of(table, 0, heads_q, group, GROUPS * MW)
-    _, hi, whole = key_blocks(start_m + g * MW, sizes, MW, BN)
-    hi = gl.minimum(gl.maximum(hi, lo + 1), tile_hi)
+    head, start_m, lo, tile_hi = tile_of(table, 0, GROUPS * MW)
+    hi, whole = own_blocks(start_m + g * MW, lo, tile_hi, sizes, BN)
     i = tile_hi - hi  # number of the block of keys whose softmax is done last
-    wait_full(q_ring, g, Q_SLOTS)
-    skip(k_ring, 0, i, STAGES)
-    skip(v_ring, 0, i, STAGES)
-    wait_full(k_ring, i, STAGES)
-    q = q_ring[0].index(g).reshape([MW, HEAD_DIM])
-    k = k_ring[0].index(i % STAGES).reshape([BN, HEAD_DIM])
-    qk = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-    qk = warpgroup_mma_wait(0, deps=[qk])
-    release(k_ring, i, STAGES)
+    qk = first_scores(rings, g, i, zero, HEAD_DIM)
     qk = masked(qk, start_m + rows, (hi - 1) * BN, sizes)
     p, alpha, m_i, l_i = online_softmax(qk, m_none, l_none, scale_log2, GUARD)
     p16 = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
@@ -158,7 +117,6 @@ def consumer(
         q = q_ring[0].index((t * GROUPS + g) % Q_SLOTS).reshape([MW, HEAD_DIM])
         acc = gl.zeros([MW, HEAD_DIM], gl.float32, O_LAYOUT)
         if GUARD:
-            whole = gl.maximum(whole, lo)
             for j in range(hi - 2, whole - 1, -1):
                 p16, acc, m_i, l_i, alpha = step(
                     i + 1, i, True, q, p16, acc, m_i, l_i, alpha, zero, True, start_m + rows, j * BN, k_ring, v_ring,
@@ -174,14 +132,13 @@ def consumer(
             i += 1
         # v7: the next tile's first block, under this tile's last PV; after the last tile it is a step without a block
         more = t + 1 < tiles
-        next_b, next_h, _, next_m, next_lo, next_tile_hi = tile_of(table, t + 1, heads_q, group, GROUPS * MW)
-        _, next_hi, next_whole = key_blocks(next_m + g * MW, sizes, MW, BN)
-        next_hi = gl.minimum(gl.maximum(next_hi, next_lo + 1), next_tile_hi)
+        next_head, next_m, next_lo, next_tile_hi = tile_of(table, t + 1, GROUPS * MW)
+        next_hi, next_whole = own_blocks(next_m + g * MW, next_lo, next_tile_hi, sizes, BN)
         first = i + 1 + gl.where(more, next_tile_hi - next_hi, 0)
         wait_full(q_ring, (t + 1) * GROUPS + g, Q_SLOTS, more)
         skip(k_ring, i + 1, first, STAGES)
         q = q_ring[0].index(((t + 1) * GROUPS + g) % Q_SLOTS).reshape([MW, HEAD_DIM])
-        mask = True if GUARD else next_hi > next_whole
+        mask = True if GUARD else next_hi > next_whole  # with GUARD nearly each first block needs it
         p16, acc, next_m_i, next_l_i, alpha = step(
             first, i, more, q, p16, acc, m_none, l_none, alpha, zero, mask, next_m + rows,
             (next_hi - 1) * BN, k_ring, v_ring, sizes, scale_log2, GUARD, STAGES,
@@ -193,13 +150,13 @@ def consumer(
         tma.store_wait(0)  # of the tile before: long done
         o_bufs.index(g).reshape([MW, HEAD_DIM]).store(acc.to(dtype))
         fence_async_shared()
-        tma_store(o_desc, [off_b, off_h, start_m + g * MW, 0], o_bufs.index(g))
+        tma_store(o_desc, [head // heads_q, head % heads_q, start_m + g * MW, 0], o_bufs.index(g))
         release(q_ring, t * GROUPS + g, Q_SLOTS)
         if LSE is not None:
             lse = (m_i * scale_log2 + gl.log2(l_row)) * 0.6931471805599453
-            lse_ptrs = LSE + (off_b * heads_q + off_h).to(gl.int64) * sizes[0] + start_m + rows
+            lse_ptrs = LSE + head.to(gl.int64) * sizes[0] + start_m + rows
             gl.store(lse_ptrs, lse, mask=start_m + rows < sizes[0])
-        off_b, off_h, start_m, lo, hi, whole = next_b, next_h, next_m, next_lo, next_hi, next_whole
+        head, start_m, lo, hi, whole = next_head, next_m, next_lo, next_hi, next_whole
         m_i, l_i = next_m_i, next_l_i
     tma.store_wait(0)
 
@@ -215,20 +172,17 @@ def flash_attention_kernel(
     rings = (q_ring, allocate_ring(k_desc, STAGES, GROUPS), allocate_ring(v_desc, STAGES, GROUPS))
     o_bufs = gl.allocate_shared_memory(o_desc.dtype, [GROUPS] + o_desc.block_type.shape, o_desc.layout)
     sizes = (seqlen_q, seqlen_k, window_left, window_right)
-    args = (o_desc, LSE, o_bufs, rings, table, heads_q, group, scale_log2)
+    args = (o_desc, LSE, o_bufs, rings, table, heads_q, scale_log2)
     descs = (q_desc, k_desc, v_desc)
     if GROUPS == 2:
         gl.warp_specialize([
-            (consumer, (0, args, sizes, GUARD, 2, HEAD_DIM, BLOCK_N, STAGES)),
-            (consumer, (1, args, sizes, GUARD, 2, HEAD_DIM, BLOCK_N, STAGES)),
-            (producer, (descs, rings, table, heads_q, group, 2, BLOCK_N, STAGES)),
+            (consumer, (0, args, sizes, GUARD, 2)), (consumer, (1, args, sizes, GUARD, 2)),
+            (producer, (descs, rings, table, heads_q, group, 2)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consumer, (0, args, sizes, GUARD, 3, HEAD_DIM, BLOCK_N, STAGES)),
-            (consumer, (1, args, sizes, GUARD, 3, HEAD_DIM, BLOCK_N, STAGES)),
-            (consumer, (2, args, sizes, GUARD, 3, HEAD_DIM, BLOCK_N, STAGES)),
-            (producer, (descs, rings, table, heads_q, group, 3, BLOCK_N, STAGES)),
+            (consumer, (0, args, sizes, GUARD, 3)), (consumer, (1, args, sizes, GUARD, 3)),
+            (consumer, (2, args, sizes, GUARD, 3)), (producer, (descs, rings, table, heads_q, group, 3)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
@@ -264,15 +218,13 @@ def call_flash_attention_v7(
     turn_negative_scale(problem)
     p, (BLOCK_M, BLOCK_N, num_warps, stages) = problem, tiles or tiles_for(problem)
     width, groups = max(64, block_d(p)), BLOCK_M // 64
-    # no mask is a window to the right that reaches everything: one kernel for both, which ptxas fits into its registers
-    right = p.seqlen_q + p.seqlen_k if p.window_right is None else p.window_right
-    aligned = p.window_left is None and (p.window_right is None or (p.seqlen_k - p.seqlen_q + right) % BLOCK_N == 0)
+    right, guard = right_and_guard(p, BLOCK_N)
     table, programs = tile_table(p, BLOCK_M, BLOCK_N)
     launch(
         flash_attention_kernel, (programs,), p.q.device,
         descriptor(p.q, 64, width), descriptor(p.k, BLOCK_N, width), descriptor(p.v, BLOCK_N, width),
         descriptor(p.out, 64, width), p.lse, table, p.heads_q, p.group, p.seqlen_q, p.seqlen_k, scale_log2(p),
-        p.window_left, right, GUARD=not aligned, GROUPS=groups, HEAD_DIM=width, BLOCK_N=BLOCK_N, STAGES=stages,
+        p.window_left, right, GUARD=guard, GROUPS=groups, HEAD_DIM=width, BLOCK_N=BLOCK_N, STAGES=stages,
         num_warps=num_warps, maxnreg=168 if groups == 2 else 128,
     )  # fmt: skip
     return problem.result()

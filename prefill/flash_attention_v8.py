@@ -20,15 +20,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from common.exponent import SMALLEST, scale_log2, turn_negative_scale
+from common.exponent import scale_log2, turn_negative_scale
 from common.hopper import (
     allocate_ring,
     declines_fp8_on_hopper,
     descriptor,
     even_odd_descriptor,
-    fill,
     for_tma,
-    key_blocks,
     masked,
     refuse_on_hopper,
     release,
@@ -38,54 +36,15 @@ from common.hopper import (
 )
 from common.launch import Tiles, block_d, launch
 from common.lineage import Requires, Version
+from common.persistent import MW, first_scores, own_blocks, producer, right_and_guard, scale_of, tile_of
 from common.problem import AttentionProblem
 from common.quantize import quantize_problem
 from common.tile_table import MAX_HEADS, tile_table
 
-MW = gl.constexpr(64)  # rows of a warpgroup
-LEAST_SCALE = gl.constexpr(SMALLEST.value)
 PACK = """{.reg .b16 low, high; cvt.rn.satfinite.FORMATx2.f32 low, $2, $1;
     cvt.rn.satfinite.FORMATx2.f32 high, $4, $3; mov.b32 $0, {low, high};}"""
 PACK_E4M3, PACK_E5M2 = gl.constexpr(PACK.replace("FORMAT", "e4m3")), gl.constexpr(PACK.replace("FORMAT", "e5m2"))
 P_SHIFT = gl.constexpr(8.0)  # log2(256): e4m3 reaches from 2^-9 to 448, and p is at most 1
-
-
-@gluon.jit
-def tile_of(table, t, BM: gl.constexpr):
-    """Tile t of this program: head of all sequences, first row, first block of keys and one past the last."""
-    entry = table + ((t + 1) * gl.num_programs(0) + gl.program_id(0)) * 2
-    code = gl.load(entry)
-    blocks = gl.load(entry + 1)
-    return code >> 16, (code & 0xFFFF) * BM, blocks & 0xFFFF, blocks >> 16
-
-
-@gluon.jit
-def scale_of(head, group, descales, scale_log2):
-    """What turns a head's products of 8-bit numbers into exponents of 2."""
-    return gl.maximum(scale_log2 * gl.load(descales[0] + head) * gl.load(descales[1] + head // group), LEAST_SCALE)
-
-
-@gluon.jit
-def producer(
-    descs, rings, table, heads_q, group, GROUPS: gl.constexpr, Q_SLOTS: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    q_desc, k_desc, v_desc = descs
-    q_ring, k_ring, v_ring = rings
-    i = 0  # number of the block of keys, over all tiles
-    for t in range(gl.load(table + gl.program_id(0) * 2)):
-        head, start_m, lo, hi = tile_of(table, t, GROUPS * MW)
-        off_b, off_h, off_hk = head // heads_q, head % heads_q, head % heads_q // group
-        for g in gl.static_range(GROUPS):
-            fill(q_ring, q_desc, [off_b, off_h, start_m + g * MW, 0], t * GROUPS + g, Q_SLOTS)
-            if g == 0:
-                fill(k_ring, k_desc, [off_b, off_hk, 0, (hi - 1) * (BN // 2), 0], i, STAGES)
-        for j in range(hi - 2, lo - 1, -1):
-            fill(k_ring, k_desc, [off_b, off_hk, 0, j * (BN // 2), 0], i + 1, STAGES)
-            fill(v_ring, v_desc, [off_b, off_hk, 0, (j + 1) * BN], i, STAGES)
-            i += 1
-        fill(v_ring, v_desc, [off_b, off_hk, 0, lo * BN], i, STAGES)
-        i += 1
 
 
 @gluon.jit
@@ -167,16 +126,17 @@ def step(
 
 
 @gluon.jit
-def consumer(
-    g: gl.constexpr, args, sizes, GUARD: gl.constexpr, GROUPS: gl.constexpr, Q_SLOTS: gl.constexpr,
-    HEAD_DIM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def consumer(g: gl.constexpr, args, sizes, GUARD: gl.constexpr, GROUPS: gl.constexpr):
     """Rows g * 64 .. of every tile: softmax(Q K^T) V for one warpgroup, from the last block of keys to the first."""
     o_desc, LSE, o_bufs, rings, table, heads_q, group, scale_log2, descales = args
+    q_ring, k_ring, v_ring = rings
+    Q_SLOTS: gl.constexpr = q_ring[0].shape[0]
+    STAGES: gl.constexpr = k_ring[0].shape[0]
+    HEAD_DIM: gl.constexpr = v_ring[0].shape[3]
+    BN: gl.constexpr = v_ring[0].shape[4]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 32])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 4)
-    q_ring, k_ring, v_ring = rings
     tiles = gl.load(table + gl.program_id(0) * 2)
     rows = g * MW + gl.arange(0, MW, layout=gl.SliceLayout(1, P_LAYOUT))
     zero = gl.zeros([MW, BN], gl.float32, S_LAYOUT)
@@ -186,18 +146,9 @@ def consumer(
     # the first tile's first block has no tile before it to hide under
     head, start_m, lo, tile_hi = tile_of(table, 0, GROUPS * MW)
     scale = scale_of(head, group, descales, scale_log2)
-    _, hi, whole = key_blocks(start_m + g * MW, sizes, MW, BN)
-    hi = gl.minimum(gl.maximum(hi, lo + 1), tile_hi)
+    hi, whole = own_blocks(start_m + g * MW, lo, tile_hi, sizes, BN)
     i = tile_hi - hi  # number of the block of keys whose softmax is done last
-    wait_full(q_ring, g, Q_SLOTS)
-    skip(k_ring, 0, i, STAGES)
-    skip(v_ring, 0, i, STAGES)
-    wait_full(k_ring, i, STAGES)
-    q = q_ring[0].index(g).reshape([MW, HEAD_DIM])
-    k = k_ring[0].index(i % STAGES).reshape([BN, HEAD_DIM])
-    qk = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-    qk = warpgroup_mma_wait(0, deps=[qk])
-    release(k_ring, i, STAGES)
+    qk = first_scores(rings, g, i, zero, HEAD_DIM)
     qk = masked(in_key_order(qk, P_LAYOUT), start_m + rows, (hi - 1) * BN, sizes)
     p, _, m_i, l_i = online_softmax(qk, m_none, l_none, scale, GUARD)
     p4 = packed(p, v_ring[0].dtype)
@@ -219,13 +170,12 @@ def consumer(
         more = t + 1 < tiles
         next_head, next_m, next_lo, next_tile_hi = tile_of(table, t + 1, GROUPS * MW)
         next_scale = scale_of(next_head, group, descales, scale_log2)
-        _, next_hi, next_whole = key_blocks(next_m + g * MW, sizes, MW, BN)
-        next_hi = gl.minimum(gl.maximum(next_hi, next_lo + 1), next_tile_hi)
+        next_hi, next_whole = own_blocks(next_m + g * MW, next_lo, next_tile_hi, sizes, BN)
         first = i + 1 + gl.where(more, next_tile_hi - next_hi, 0)
         wait_full(q_ring, (t + 1) * GROUPS + g, Q_SLOTS, more)
         skip(k_ring, i + 1, first, STAGES)
         q = q_ring[0].index(((t + 1) * GROUPS + g) % Q_SLOTS).reshape([MW, HEAD_DIM])
-        mask = True if GUARD else next_hi > next_whole
+        mask = True if GUARD else next_hi > next_whole  # with GUARD nearly each first block needs it
         p4, acc, next_m_i, next_l_i, _ = step(
             first, i, more, q, p4, acc, m_none, l_none, zero, mask, next_m + rows, (next_hi - 1) * BN,
             k_ring, v_ring, sizes, next_scale, GUARD, STAGES,
@@ -266,16 +216,13 @@ def flash_attention_kernel(
     descs = (q_desc, k_desc, v_desc)
     if GROUPS == 2:
         gl.warp_specialize([
-            (consumer, (0, args, sizes, GUARD, 2, Q_SLOTS, HEAD_DIM, BLOCK_N, STAGES)),
-            (consumer, (1, args, sizes, GUARD, 2, Q_SLOTS, HEAD_DIM, BLOCK_N, STAGES)),
-            (producer, (descs, rings, table, heads_q, group, 2, Q_SLOTS, BLOCK_N, STAGES)),
+            (consumer, (0, args, sizes, GUARD, 2)), (consumer, (1, args, sizes, GUARD, 2)),
+            (producer, (descs, rings, table, heads_q, group, 2)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consumer, (0, args, sizes, GUARD, 3, Q_SLOTS, HEAD_DIM, BLOCK_N, STAGES)),
-            (consumer, (1, args, sizes, GUARD, 3, Q_SLOTS, HEAD_DIM, BLOCK_N, STAGES)),
-            (consumer, (2, args, sizes, GUARD, 3, Q_SLOTS, HEAD_DIM, BLOCK_N, STAGES)),
-            (producer, (descs, rings, table, heads_q, group, 3, Q_SLOTS, BLOCK_N, STAGES)),
+            (consumer, (0, args, sizes, GUARD, 3)), (consumer, (1, args, sizes, GUARD, 3)),
+            (consumer, (2, args, sizes, GUARD, 3)), (producer, (descs, rings, table, heads_q, group, 3)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
@@ -314,16 +261,14 @@ def call_flash_attention_v8(
     p, (BLOCK_M, BLOCK_N, num_warps, stages) = problem, tiles or tiles_for(problem)
     width, groups = max(64, block_d(p)), BLOCK_M // 64
     q, k, v = for_tma(p.q), for_tma(p.k, even_rows=True), for_tma(p.v.transpose(2, 3))
-    # no mask is a window to the right that reaches everything: one kernel for both, which ptxas fits into its registers
-    right = p.seqlen_q + p.seqlen_k if p.window_right is None else p.window_right
-    aligned = p.window_left is None and (p.window_right is None or (p.seqlen_k - p.seqlen_q + right) % BLOCK_N == 0)
+    right, guard = right_and_guard(p, BLOCK_N)
     fits = width * (4 * BLOCK_M + 2 * BLOCK_N * stages) <= 226 * 1024  # Q twice, the output in 16 bits, the rings
     table, programs = tile_table(p, BLOCK_M, BLOCK_N)
     launch(
         flash_attention_kernel, (programs,), p.q.device,
         descriptor(q, 64, width), even_odd_descriptor(k, BLOCK_N, width), descriptor(v, width, BLOCK_N),
         descriptor(p.out, 64, width), p.lse, *p.descales, table, p.heads_q, p.group, p.seqlen_q, p.seqlen_k,
-        scale_log2(p), p.window_left, right, GUARD=not aligned, GROUPS=groups, Q_SLOTS=groups * (2 if fits else 1),
+        scale_log2(p), p.window_left, right, GUARD=guard, GROUPS=groups, Q_SLOTS=groups * (2 if fits else 1),
         HEAD_DIM=width, BLOCK_N=BLOCK_N, STAGES=stages, num_warps=num_warps, maxnreg=168 if groups == 2 else 128,
     )  # fmt: skip
     return problem.result()

@@ -24,8 +24,6 @@ from common.hopper import (
     allocate_ring,
     declines_on_hopper,
     descriptor,
-    fill,
-    key_blocks,
     masked,
     refuse_on_hopper,
     release,
@@ -36,49 +34,9 @@ from common.hopper import (
 from common.launch import Tiles, block_d, launch
 from common.lazy_softmax import columns_of, lazy_softmax, operand, rescaled
 from common.lineage import Requires, Version
+from common.persistent import MW, first_scores, own_blocks, producer, right_and_guard, tile_of
 from common.problem import AttentionProblem
 from common.tile_table import MAX_HEADS, tile_table
-
-MW = gl.constexpr(64)  # rows of a warpgroup
-
-
-@gluon.jit
-def tile_of(table, t, heads_q, group, BM: gl.constexpr):
-    """Tile t of this program: batch, head, KV head, first row, first block of keys and one past the last."""
-    entry = table + ((t + 1) * gl.num_programs(0) + gl.program_id(0)) * 2
-    code = gl.load(entry)
-    blocks = gl.load(entry + 1)
-    off_h = (code >> 16) % heads_q
-    return (code >> 16) // heads_q, off_h, off_h // group, (code & 0xFFFF) * BM, blocks & 0xFFFF, blocks >> 16
-
-
-@gluon.jit
-def producer(
-    descs, rings, table, heads_q, group, GROUPS: gl.constexpr, Q_SLOTS: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    q_desc, k_desc, v_desc = descs
-    q_ring, k_ring, v_ring = rings
-    i = 0  # number of the block of keys, over all tiles
-    for t in range(gl.load(table + gl.program_id(0) * 2)):
-        off_b, off_h, off_hk, start_m, lo, hi = tile_of(table, t, heads_q, group, GROUPS * MW)
-        for g in gl.static_range(GROUPS):
-            fill(q_ring, q_desc, [off_b, off_h, start_m + g * MW, 0], t * GROUPS + g, Q_SLOTS)
-            if g == 0:
-                fill(k_ring, k_desc, [off_b, off_hk, (hi - 1) * BN, 0], i, STAGES)
-        for j in range(hi - 2, lo - 1, -1):
-            fill(k_ring, k_desc, [off_b, off_hk, j * BN, 0], i + 1, STAGES)
-            fill(v_ring, v_desc, [off_b, off_hk, (j + 1) * BN, 0], i, STAGES)
-            i += 1
-        fill(v_ring, v_desc, [off_b, off_hk, lo * BN, 0], i, STAGES)
-        i += 1
-
-
-@gluon.jit
-def own_blocks(start_m, lo, tile_hi, sizes, BN: gl.constexpr):
-    """One past the last of the tile's blocks that a group's own rows see, and one past those that need no mask."""
-    _lo, hi, whole = key_blocks(start_m, sizes, MW, BN)
-    return gl.minimum(gl.maximum(hi, lo + 1), tile_hi), gl.maximum(whole, lo)
 
 
 @gluon.jit
@@ -132,36 +90,29 @@ def step(
 
 
 @gluon.jit
-def consumer(
-    g: gl.constexpr, args, sizes, GUARD: gl.constexpr, GROUPS: gl.constexpr, Q_SLOTS: gl.constexpr,
-    HEAD_DIM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def consumer(g: gl.constexpr, args, sizes, GUARD: gl.constexpr, GROUPS: gl.constexpr):
     """Rows g * 64 .. of every tile: softmax(Q K^T) V for one warpgroup, from the last block of keys to the first."""
-    o_desc, LSE, o_bufs, rings, table, heads_q, group, scale_log2 = args
+    o_desc, LSE, o_bufs, rings, table, heads_q, scale_log2 = args
+    q_ring, k_ring, v_ring = rings
+    Q_SLOTS: gl.constexpr = q_ring[0].shape[0]
+    STAGES: gl.constexpr = k_ring[0].shape[0]
+    BN: gl.constexpr = v_ring[0].shape[3]
+    HEAD_DIM: gl.constexpr = v_ring[0].shape[4]
     dtype: gl.constexpr = o_desc.dtype
     O_SLOTS: gl.constexpr = min(2, HEAD_DIM // 64)
     OVERLAP: gl.constexpr = GROUPS == 2  # a group's own products and softmax
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    q_ring, k_ring, v_ring = rings
     tiles = gl.load(table + gl.program_id(0) * 2)
     rows = g * MW + gl.arange(0, MW, layout=gl.SliceLayout(1, S_LAYOUT))
     zero = gl.zeros([MW, BN], gl.float32, S_LAYOUT)
     m_none = gl.full([MW, 4], -float("inf"), gl.float32, columns_of(zero, 2)[0].type.layout)
 
     # the first tile's first block has no tile before it to hide under
-    _b, _h, _hk, start_m, lo, tile_hi = tile_of(table, 0, heads_q, group, GROUPS * MW)
+    _head, start_m, lo, tile_hi = tile_of(table, 0, GROUPS * MW)
     hi, whole = own_blocks(start_m + g * MW, lo, tile_hi, sizes, BN)
     i = tile_hi - hi  # number of the block of keys whose softmax is done last
-    wait_full(q_ring, g, Q_SLOTS)
-    skip(k_ring, 0, i, STAGES)
-    skip(v_ring, 0, i, STAGES)
-    wait_full(k_ring, i, STAGES)
-    q = q_ring[0].index(g).reshape([MW, HEAD_DIM])
-    k = k_ring[0].index(i % STAGES).reshape([BN, HEAD_DIM])
-    qk = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-    qk = warpgroup_mma_wait(0, deps=[qk])
-    release(k_ring, i, STAGES)
+    qk = first_scores(rings, g, i, zero, HEAD_DIM)
     qk = masked(qk, start_m + rows, (hi - 1) * BN, sizes)
     p, l_i, m_i, _alpha = lazy_softmax(qk, m_none, scale_log2, dtype, True)
     for t in range(tiles):
@@ -179,12 +130,13 @@ def consumer(
         # the next tile's first block, under this tile's last PV; after the last tile it is a step without a block
         release(q_ring, t * GROUPS + g, Q_SLOTS)
         more = t + 1 < tiles
-        _b, _h, _hk, next_m, next_lo, tile_hi = tile_of(table, t + 1, heads_q, group, GROUPS * MW)
+        _head, next_m, next_lo, tile_hi = tile_of(table, t + 1, GROUPS * MW)
         next_hi, next_whole = own_blocks(next_m + g * MW, next_lo, tile_hi, sizes, BN)
         first = i + 1 + gl.where(more, tile_hi - next_hi, 0)
         wait_full(q_ring, (t + 1) * GROUPS + g, Q_SLOTS, more)
         skip(k_ring, i + 1, first, STAGES)
         q = q_ring[0].index(((t + 1) * GROUPS + g) % Q_SLOTS).reshape([MW, HEAD_DIM])
+        # with GUARD nearly each first block needs the mask; at head_dim 256 the branch would spill inside the loop
         mask = next_hi > next_whole if HEAD_DIM < 256 and not GUARD else True
         p, acc, next_m_i, next_l_i = step(
             first, i, more, q, p, acc, m_none, l_i, zero, mask, next_m + rows, (next_hi - 1) * BN,
@@ -194,17 +146,17 @@ def consumer(
         i = first
         l_row = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S_LAYOUT))
         acc = acc * gl.expand_dims(gl.convert_layout(1.0 / l_row, gl.SliceLayout(1, O_LAYOUT)), 1)
-        off_b, off_h, _hk, start_m, _lo, _hi = tile_of(table, t, heads_q, group, GROUPS * MW)
+        head, start_m, _lo, _hi = tile_of(table, t, GROUPS * MW)
         parts = quarters(acc)
         for c in gl.static_range(HEAD_DIM // 64):
             o_buf = o_bufs.index(g * O_SLOTS + c % O_SLOTS)
             tma.store_wait(O_SLOTS - 1)  # the store that read this buffer
             o_buf.reshape([MW, 64]).store(parts[c].to(dtype))
             fence_async_shared()
-            tma_store(o_desc, [off_b, off_h, start_m + g * MW, c * 64], o_buf)
+            tma_store(o_desc, [head // heads_q, head % heads_q, start_m + g * MW, c * 64], o_buf)
         if LSE is not None:
             lse = (gl.convert_layout(gl.max(m_i, 1), l_row.type.layout) + gl.log2(l_row)) * 0.6931471805599453
-            lse_ptrs = LSE + (off_b * heads_q + off_h).to(gl.int64) * sizes[0] + start_m + rows
+            lse_ptrs = LSE + head.to(gl.int64) * sizes[0] + start_m + rows
             gl.store(lse_ptrs, lse, mask=start_m + rows < sizes[0])
         start_m, lo, hi, whole, m_i, l_i = next_m, next_lo, next_hi, next_whole, next_m_i, next_l_i
     tma.store_wait(0)
@@ -223,20 +175,17 @@ def flash_attention_kernel(
     rings = (q_ring, allocate_ring(k_desc, STAGES, GROUPS), allocate_ring(v_desc, STAGES, GROUPS))
     o_bufs = gl.allocate_shared_memory(o_desc.dtype, [O_SLOTS * GROUPS] + o_desc.block_type.shape, o_desc.layout)
     sizes = (seqlen_q, seqlen_k, window_left, window_right)
-    args = (o_desc, LSE, o_bufs, rings, table, heads_q, group, scale_log2)
+    args = (o_desc, LSE, o_bufs, rings, table, heads_q, scale_log2)
     descs = (q_desc, k_desc, v_desc)
     if GROUPS == 2:
         gl.warp_specialize([
-            (consumer, (0, args, sizes, GUARD, 2, Q_SLOTS, HEAD_DIM, BLOCK_N, STAGES)),
-            (consumer, (1, args, sizes, GUARD, 2, Q_SLOTS, HEAD_DIM, BLOCK_N, STAGES)),
-            (producer, (descs, rings, table, heads_q, group, 2, Q_SLOTS, BLOCK_N, STAGES)),
+            (consumer, (0, args, sizes, GUARD, 2)), (consumer, (1, args, sizes, GUARD, 2)),
+            (producer, (descs, rings, table, heads_q, group, 2)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consumer, (0, args, sizes, GUARD, 3, Q_SLOTS, HEAD_DIM, BLOCK_N, STAGES)),
-            (consumer, (1, args, sizes, GUARD, 3, Q_SLOTS, HEAD_DIM, BLOCK_N, STAGES)),
-            (consumer, (2, args, sizes, GUARD, 3, Q_SLOTS, HEAD_DIM, BLOCK_N, STAGES)),
-            (producer, (descs, rings, table, heads_q, group, 3, Q_SLOTS, BLOCK_N, STAGES)),
+            (consumer, (0, args, sizes, GUARD, 3)), (consumer, (1, args, sizes, GUARD, 3)),
+            (consumer, (2, args, sizes, GUARD, 3)), (producer, (descs, rings, table, heads_q, group, 3)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
@@ -270,16 +219,14 @@ def call_flash_attention_v9(
     turn_negative_scale(problem)
     p, (BLOCK_M, BLOCK_N, num_warps, stages) = problem, tiles or tiles_for(problem)
     width, groups = max(64, block_d(p)), BLOCK_M // 64
-    # no mask is a window to the right that reaches everything: one kernel for both, which ptxas fits into its registers
-    right = p.seqlen_q + p.seqlen_k if p.window_right is None else p.window_right
-    aligned = p.window_left is None and (p.window_right is None or (p.seqlen_k - p.seqlen_q + right) % BLOCK_N == 0)
+    right, guard = right_and_guard(p, BLOCK_N)
     fits = width * (2 * BLOCK_M + 2 * BLOCK_N * stages) + 128 * BLOCK_M <= 113 * 1024  # Q twice; in 16-bit numbers
     table, programs = tile_table(p, BLOCK_M, BLOCK_N)
     launch(
         flash_attention_kernel, (programs,), p.q.device,
         descriptor(p.q, 64, width), descriptor(p.k, BLOCK_N, width), descriptor(p.v, BLOCK_N, width),
         descriptor(p.out, 64, 64), p.lse, table, p.heads_q, p.group, p.seqlen_q, p.seqlen_k, scale_log2(p),
-        p.window_left, right, GUARD=not aligned, GROUPS=groups,
+        p.window_left, right, GUARD=guard, GROUPS=groups,
         Q_SLOTS=groups * (2 if fits else 1), HEAD_DIM=width, BLOCK_N=BLOCK_N, STAGES=stages, num_warps=num_warps,
         maxnreg=168 if groups == 2 else 128,
     )  # fmt: skip

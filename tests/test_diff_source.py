@@ -97,6 +97,7 @@ EXCEPTIONS = {
     ("prefill", "v7"): "one loop over tiles and blocks takes the place of two",
     ("prefill", "v8"): "FP8 takes its scales, packing and layouts along, and rescaling moves behind PV",
     ("prefill", "v9"): "the maximum and the sums change their form everywhere; wide heads need the output in pieces",
+    ("prefill", "v10"): "v8's softmax and packing stand in its file, v10's in common/lazy_softmax.py",
     ("decoding", "v2"): "rows of several queries and heads take the place of one row",
     ("decoding", "v3"): "the second kernel goes, and its work moves into the first",
     ("decoding", "v4"): "four features that caches need together; what later versions share moves to common",

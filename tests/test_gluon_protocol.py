@@ -16,6 +16,7 @@ from attention_checks import FP8_LIMIT, Case, assert_close, guarded_memory, skip
 from gluon_emulator import Descriptor, Emulator, Int, Program, ProtocolError
 
 import common.hopper
+import common.persistent
 from common.hardware import KNOWN, pretend
 from common.lineage import versions_of
 from common.problem import AttentionProblem
@@ -119,7 +120,7 @@ def test_fp8_beside_a_sink(version, sink):
 
 # ---- kernels with a piece missing
 
-HOPPER = pathlib.Path(common.hopper.__file__)
+HOPPER, PERSISTENT = (pathlib.Path(module.__file__) for module in (common.hopper, common.persistent))
 NEEDED = ("release", "wait_full", "skip", "fence_async_shared", "tma.store_wait", "mbarrier.wait", "mbarrier.arrive",
           "mbarrier.expect")  # fmt: skip
 MUTANT_RUNS = [("causal-mqa", 0), ("full", 0), ("causal-mqa", 1), ("full-ragged-gqa-D128", 3), ("window-D80", 0)]
@@ -200,7 +201,8 @@ def mutants(source: str) -> dict[str, str]:
 def _all_mutants() -> list:
     parameters = []
     for version in VERSIONS.values():
-        for path in (version.path, HOPPER):
+        shared = [HOPPER, PERSISTENT] if "common.persistent" in version.path.read_text() else [HOPPER]
+        for path in (version.path, *shared):
             source = path.read_text()
             changes = mutants(source)
             if path == HOPPER:

@@ -29,6 +29,7 @@ SPILLS = {("prefill", "v9", 256): (32, "a few addresses, once a tile: the output
 if triton_version() >= (3, 9):
     three = "three groups have 160 registers each, and its ptxas wants more; two would do, but nobody has timed them"
     SPILLS |= {("prefill", name, 64): (300, three) for name in ("v7", "v8", "v9", "v10")}
+    SPILLS["prefill", "v10", 128] = (16, three)
     few = "a few numbers more than 3.6 to 3.8, for which the tiles were chosen"
     SPILLS |= {("prefill", *pair): (16, few) for pair in (("v1", 128), ("v1", 256), ("v3", 256), ("v4", 256))}
 if triton_version() < (3, 7):
