@@ -329,7 +329,7 @@ class Run:
         kinds = {}
         for case, entrants in self.cells:
             for entrant in entrants:
-                if entrant.role == "version":
+                if entrant.role == "version" and entrant.variant in (OWN, PARENT):
                     kinds.setdefault(kind_of(case, entrant), (case, entrant))
         started = time.perf_counter()
         pairs = [[dataclasses.asdict(case), dataclasses.asdict(entrant)] for case, entrant in kinds.values()]

@@ -102,14 +102,15 @@ def _table(rows: list[dict], fmt: str) -> str:
 
 
 def terminal_table(records: Iterable[Record], family: str, fmt: str = "simple") -> str:
-    """Every shape as a table, versions first, then peers, fastest first; then gains, peers and the ladder.
+    """Every shape as a table, versions first, then peers, fastest first; then gains, peers, the ladder, launches.
 
     A red gate gives its reason, and no time.
     """
     book = book_of(records, family)
     if not book.records:
         return NO_RECORDS
-    summary = [make(book, fmt) for make in (gains_table, peers_table, ladder_table)]
+    further = (gains_table, peers_table, ladder_table) + ((launched_table,) if family == "decoding" else ())
+    summary = [make(book, fmt) for make in further]
     return "\n\n".join([*(_cell_table(book, cell, fmt) for cell in book.cells), *filter(None, summary)])
 
 
@@ -353,7 +354,7 @@ def targets_table(book: Book) -> str | None:
     return f"{_table(rows, 'pipe')}\n\n{_table(shapes, 'pipe')}"
 
 
-def launched_table(book: Book) -> str | None:
+def launched_table(book: Book, fmt: str) -> str | None:
     """What the newest version's calls take beyond the kernel, shape by shape; None where it was not measured."""
     found = targets.launches(book)
     rows = []
@@ -365,7 +366,7 @@ def launched_table(book: Book) -> str | None:
     floor = next((c["median_ms"] for c in reversed(book.given) if c["version"] == "launch"), None)
     about = f" PyTorch's fill of one number takes {number(1000 * floor)} us." if floor else ""
     title = "Microseconds of one call alone, from the host's start until the GPU is done; in brackets beyond its kernel"
-    return f"{title}.{about}\n\n{_table(rows, 'pipe')}" if rows else None
+    return f"{title}.{about}\n\n{_table(rows, fmt)}" if rows else None
 
 
 def machine_table(envs: dict) -> str | None:
@@ -426,7 +427,7 @@ def _machine() -> str | None:
 TABLES: dict[str, Callable[[], str | None]] = {
     "machine": _machine,
     "decoding-targets": _shown(lambda shown: targets_table(shown.book), "decoding"),
-    "decoding-launched": _shown(lambda shown: launched_table(shown.book), "decoding"),
+    "decoding-launched": _shown(lambda shown: launched_table(shown.book, "pipe"), "decoding"),
     "prefill-fp8": _shown(lambda shown: fp8_table(shown.book), "prefill"),
     "prefill-peers-fp8": _shown(lambda shown: peers_table(shown.book, "pipe", FP8), "prefill"),
 }

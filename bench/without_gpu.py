@@ -102,12 +102,12 @@ def small_cases(family: str, version: Version) -> list[Case]:
 
 
 def check_version(version: Version) -> tuple[bool, list[str]]:
-    """(all right, one line for each dtype): the version against float64 attention, limits as on the GPU."""
+    """(all right, a line for each dtype, pages apart): the version against float64 attention, limits as on the GPU."""
     if reason := version.why_not(INTERPRETER):
         return True, [f"  {version.label}: not checked: {reason}"]
     lines, right = {}, True
     for case in small_cases(version.family, version):
-        inputs = make_inputs(case, "cpu")
+        inputs, kind = make_inputs(case, "cpu"), case.dtype + (" in pages" if case.page_size else "")
         expected = gate.expect(inputs)
         limit = gate.error_limit(case, expected)
         try:
@@ -115,16 +115,16 @@ def check_version(version: Version) -> tuple[bool, list[str]]:
             gate.poison(bound.out)
             error, verdict = gate.check(bound(), case, expected, limit)
         except NotHere as reason:  # declined, which is no fault
-            lines.setdefault(case.dtype, []).append(f"not checked: {reason}")
+            lines.setdefault(kind, []).append(f"not checked: {reason}")
             continue
         except Exception as failure:
             error, verdict = None, f"{type(failure).__name__}: {failure}".splitlines()[0]
         right &= verdict == "pass"
         found = "-" if error is None else f"relative error {error:.1e} (limit {limit:.1e})"
-        lines.setdefault(case.dtype, []).append(found)
+        lines.setdefault(kind, []).append(found)
         if verdict != "pass":
-            lines[case.dtype].append(f"WRONG at {case.label()}: {verdict}")
-    return right, [f"  {version.label}, {dtype}: {', '.join(dict.fromkeys(parts))}" for dtype, parts in lines.items()]
+            lines[kind].append(f"WRONG at {case.label()}: {verdict}")
+    return right, [f"  {version.label}, {kind}: {', '.join(dict.fromkeys(parts))}" for kind, parts in lines.items()]
 
 
 def check(family: str, names: list[str]) -> int:

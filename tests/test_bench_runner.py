@@ -469,6 +469,12 @@ def test_the_check_without_a_gpu_passes_v1(family):
 
 
 @pytest.mark.skipif(not interpreting(), reason="kernels are interpreted only with TRITON_INTERPRET=1")
+def test_the_check_without_a_gpu_covers_pages_and_says_so():
+    right, lines = without_gpu.check_version(find_version("decoding", "v4"))
+    assert right and any("fp16 in pages: relative error" in line for line in lines)
+
+
+@pytest.mark.skipif(not interpreting(), reason="kernels are interpreted only with TRITON_INTERPRET=1")
 def test_the_check_without_a_gpu_finds_a_wrong_version(monkeypatch):
     def bind(entrant, inputs):
         out = torch.zeros_like(inputs.q)

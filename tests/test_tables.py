@@ -254,6 +254,8 @@ def test_what_a_launch_costs_is_of_the_newest_version_and_of_one_run():
     old = step("v1", 1.0, timing="eager", latency_ms=9.0)
     (launch,) = targets.launches(Book([*kernel, *calls, old], "decoding"))
     assert launch.name == "v2" and launch.plan - launch.kernel == pytest.approx(11.5)
+    text = tables.terminal_table([*kernel, *calls], "decoding")
+    assert "(+36.0)" in text and "(+11.5)" in text and "until the GPU is done" in text
     met = {what: target.met for what, target in found([*kernel, *calls]).items() if "call to finished" in what}
     assert list(met.values()) == ["yes", "no"]
     assert targets.launches(Book([*kernel, step("v2", 1.0, timing="eager")], "decoding")) == [], "older records"
