@@ -35,6 +35,12 @@ from bench.results import ROOT, Record
 from common.lineage import versions_of
 
 SHOWN = "nvidia-h200"  # whose records README.md and docs/ show
+FURTHER_PICTURES = {
+    "launched": "Time of a decoding step over context length, in a graph and called alone",
+    "ragged": "A ragged batch, GB/s of every version",
+    "paged": "Caches in pages over contiguous ones",
+    "fp8": "FP8 caches over 16 bits",
+}
 NO_RECORDS = "No records yet."
 LEFT = ("idea", "with", "shape", "dtype", "target", "met", "worst shape", "best shape", "16 bits", "FP8", "")
 
@@ -408,6 +414,15 @@ class Shown(NamedTuple):
         what = f"{self.book.unit} of every {self.book.family} version over sequence length, {self.measured}"
         return f"![{what}]({path.relative_to(ROOT).as_posix()})" if path.exists() else None
 
+    def further_pictures(self) -> str | None:
+        """Decoding's other charts, for pages in docs/."""
+        lines = []
+        for name, what in FURTHER_PICTURES.items():
+            path = results.RESULTS / SHOWN / f"decoding-{name}.png"
+            if path.exists():
+                lines.append(f"![{what}, {self.measured}](../{path.relative_to(ROOT).as_posix()})")
+        return "\n\n".join(lines) or None
+
 
 def _shown(make: Callable[[Shown], str | None], family: str) -> Callable[[], str | None]:
     def generate():
@@ -428,6 +443,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "machine": _machine,
     "decoding-targets": _shown(lambda shown: targets_table(shown.book), "decoding"),
     "decoding-launched": _shown(lambda shown: launched_table(shown.book, "pipe"), "decoding"),
+    "decoding-pictures": _shown(Shown.further_pictures, "decoding"),
     "prefill-fp8": _shown(lambda shown: fp8_table(shown.book), "prefill"),
     "prefill-peers-fp8": _shown(lambda shown: peers_table(shown.book, "pipe", FP8), "prefill"),
 }

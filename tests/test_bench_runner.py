@@ -19,12 +19,12 @@ import decoding
 from bench import providers, results, runner, without_gpu
 from bench.cases import FP8, Case
 from bench.command_line import parser
-from bench.providers import OWN, PARENT, PLAN, Bound, Entrant, NotHere
+from bench.providers import OWN, PARENT, PLAN, Bound, Entrant, NotHere, why_not_case
 from bench.runner import Run, main, plan
 from bench.timing import HostClock
 from bench.worker import Failed, Server, WorkerLost, explain, timings_of
 from common.hardware import INTERPRETER, interpreting
-from common.lineage import find_version
+from common.lineage import find_version, versions_of
 from common.reference import eager_attention
 
 TINY = Case("prefill", "fp32", 1, 2, 2, 16, 16, 16, preset="quick")
@@ -330,6 +330,19 @@ def test_caches_in_use_go_through_bind_and_gate(case):
     first, ready = asked(case, Entrant("version", "v4"), {"do": "prepare", "timing": "eager"})
     assert first["ok"]["gate"] == "pass" and first["ok"]["config"]["num_splits"] >= 1
     assert ready["ok"]["gate"] == "pass" and ready["ok"]["latency_ms"] > 0
+
+
+@pytest.mark.skipif(not interpreting(), reason="kernels are interpreted only with TRITON_INTERPRET=1")
+@pytest.mark.parametrize("version", [v for v in versions_of("decoding") if v.fp8], ids=lambda version: version.name)
+@pytest.mark.parametrize("case", [
+    replace(STEP, dtype="e4m3"), replace(STEP, dtype="e5m2", lengths=(40, 7)),
+    replace(STEP, dtype="e4m3", page_size=16),
+], ids=lambda case: case.label())  # fmt: skip
+def test_fp8_caches_go_through_bind_and_gate(version, case):
+    if reason := version.why_not(INTERPRETER, case.dtype) or why_not_case(version, case):
+        pytest.skip(reason)
+    (first,) = asked(case, Entrant("version", version.name))
+    assert first["ok"]["gate"] == "pass" and first["ok"]["error"] < 0.01 < first["ok"]["error_unquantised"]
 
 
 @pytest.mark.skipif(not interpreting(), reason="kernels are interpreted only with TRITON_INTERPRET=1")
