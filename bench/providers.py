@@ -122,7 +122,8 @@ def _plan(version: Version, tensors: tuple, options: dict) -> Bound:
         plan = plan_decoding(*tensors, **options, version=version.name)
     except ValueError as reason:
         raise NotHere(f"has no plan: {reason}") from None
-    return Bound(lambda out: plan(*tensors))
+    by_name = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)}
+    return Bound(lambda out: plan(*tensors, **by_name))
 
 
 def _config(version: Version, tiles, problem) -> dict:

@@ -348,10 +348,12 @@ def test_fp8_caches_go_through_bind_and_gate(version, case):
 @pytest.mark.skipif(not interpreting(), reason="kernels are interpreted only with TRITON_INTERPRET=1")
 def test_a_plan_goes_through_bind_and_gate(monkeypatch):
     def plan_decoding(q, k, v, **options):
-        return lambda q, k, v: decoding.flash_decoding(q, k, v, **options)
+        others = {name: value for name, value in options.items() if not isinstance(value, torch.Tensor)}
+        return lambda q, k, v, *, seqlens_k: decoding.flash_decoding(q, k, v, seqlens_k=seqlens_k, **others)
 
     monkeypatch.setattr(decoding, "plan_decoding", plan_decoding, raising=False)
-    first, ready = asked(STEP, Entrant("version", "v2", PLAN), {"do": "prepare", "timing": "eager"})
+    ragged, eager = replace(STEP, lengths=(40, 7)), {"do": "prepare", "timing": "eager"}
+    first, ready = asked(ragged, Entrant("version", "v2", PLAN), eager)
     assert first["ok"]["gate"] == ready["ok"]["gate"] == "pass" and ready["ok"]["latency_ms"] > 0
 
     def refuse(*tensors, **options):
