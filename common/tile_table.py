@@ -21,8 +21,8 @@ def tile_table(problem: AttentionProblem, block_m: int, block_n: int) -> tuple[t
 
     The table is int32 [1 + most tiles of a program + 1, programs, 2]: row 0 says how many tiles a program has; row t +
     1 holds its tile t as (row block | batch * heads_q + head << 16, first block of keys | one past the last << 16); the
-    rows after its last tile repeat that one. Heads that fit the L2 together are done side by side, but for their short
-    tiles, which come last, of all heads: the last heads' long tiles would else end at very different times (a causal
+    rows after its last tile repeat that one. Heads that fit the L2 together are done side by side, as many as the
+    programs begin with at most, so that keys which nobody has read yet are wanted bit by bit; but for their short tiles, which come last, of all heads: the last heads' long tiles would else end at very different times (a causal
     mask at head_dim 256 and 8k keys: the busiest program had 16 % more than the mean, and has 1 % now).
     """
     p = problem
@@ -48,6 +48,7 @@ def _table(heads, seqlen_q, seqlen_k, left, right, block_m, block_n, together, p
     programs = min(programs, len(lo) * heads)
     work = [[] for _ in range(programs)]
     free = [(0.0, i) for i in range(programs)]
+    together = max(1, min(together, programs // len(lo)))
     side_by_side = [range(first, min(first + together, heads)) for first in range(0, heads, together)]
     rounds = [(long_ones, group) for group in side_by_side] + [(longest_first[len(long_ones) :], range(heads))]
     for rows_of_tiles, group in rounds:

@@ -193,7 +193,7 @@ def tiles_for(problem: AttentionProblem) -> Tiles:
     """Three groups at head_dim 64, where their registers suffice; 64 keys there where a tile has few blocks of 128."""
     if block_d(problem) > 64:
         return Tiles(128, 128 if block_d(problem) == 128 else 64, 4, 2)
-    return Tiles(192, 128 if problem.seqlen_q > 1024 else 64, 4, 4)
+    return Tiles(192, 128 if problem.seqlen_q > 2048 else 64, 4, 4)
 
 
 def declines(q, k, v, **kwargs):
