@@ -22,8 +22,9 @@ def tile_table(problem: AttentionProblem, block_m: int, block_n: int) -> tuple[t
     The table is int32 [1 + most tiles of a program + 1, programs, 2]: row 0 says how many tiles a program has; row t +
     1 holds its tile t as (row block | batch * heads_q + head << 16, first block of keys | one past the last << 16); the
     rows after its last tile repeat that one. Heads that fit the L2 together are done side by side, as many as the
-    programs begin with at most, so that keys which nobody has read yet are wanted bit by bit; but for their short tiles, which come last, of all heads: the last heads' long tiles would else end at very different times (a causal
-    mask at head_dim 256 and 8k keys: the busiest program had 16 % more than the mean, and has 1 % now).
+    programs begin with at most, so that keys which nobody has read yet are wanted bit by bit. Their short tiles come
+    last, of all heads: the last heads' long tiles would else end at very different times (a causal mask at head_dim 256
+    and 8k keys: the busiest program had 16 % more than the mean, and has 1 % now).
     """
     p = problem
     key = (p.batch * p.heads_q, p.seqlen_q, p.seqlen_k, p.window_left, p.window_right, block_m, block_n, heads_in_l2(p))
