@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 MOST = 4096  # kernels with arguments that are remembered; addresses of one kernel's descriptors
 
-_EXACT = frozenset({int, float, bool, str, tuple, NoneType})  # tuples of these
+EXACT = frozenset({int, float, bool, str, tuple, NoneType})  # tuples of these
 _prepared: "dict[tuple, Prepared]" = {}
 
 
@@ -32,7 +32,7 @@ def run(kernel, grid: tuple, device: torch.device, args: tuple, options: dict):
     """kernel[grid](*args, **options) on `device`, which is the current one, and its current stream."""
     key, values = known_by(kernel, device, args, options)
     found = _prepared.get(key)
-    if found is not None and not is_watched(kernel):
+    if found is not None and not is_watched() and not kernel.pre_run_hooks:
         found(grid, device, values)
         return
     compiled = kernel[grid](*args, **options)
@@ -49,7 +49,7 @@ def known_by(kernel, device: torch.device, args: tuple, options: dict) -> tuple[
     key = [id(kernel), device, len(args)]
     for i, x in enumerate(values):
         kind = type(x)
-        if kind in _EXACT:
+        if kind in EXACT:
             continue
         exact[i] = ...
         if kind is torch.Tensor:
@@ -66,13 +66,12 @@ def known_by(kernel, device: torch.device, args: tuple, options: dict) -> tuple[
     return tuple(key), values
 
 
-def is_watched(kernel) -> bool:
+def is_watched() -> bool:
     """Whether launches must go through Triton, since a profiler or the like wants to see them."""
     runtime = knobs.runtime
     return bool(
         getattr(runtime.launch_enter_hook, "calls", True)
         or getattr(runtime.launch_exit_hook, "calls", True)
-        or kernel.pre_run_hooks
         or knobs.compilation.instrumentation_mode
     )
 
@@ -88,14 +87,14 @@ def prepare(kernel, compiled, positional: int, options: dict) -> "Prepared | Non
 class Prepared:
     """A compiled kernel that is launched with the values of known_by."""
 
-    __slots__ = ("call", "compiled", "descriptors", "encoded", "kernel", "order", "stream_of")
+    __slots__ = ("call", "compiled", "descriptors", "encoded", "in_c", "kernel", "order", "stream_of")
 
     def __init__(self, kernel, compiled, positional: int, options: dict):
         from triton.backends.nvidia.driver import CudaLauncher
 
         names = [*kernel.arg_names[:positional], *options]
         usual = isinstance(kernel, JITFunction) and type(compiled) is CompiledKernel and len(kernel.arg_names) > 1
-        if not usual or type(compiled.run) is not CudaLauncher or is_watched(kernel):
+        if not usual or type(compiled.run) is not CudaLauncher or is_watched() or kernel.pre_run_hooks:
             raise NotImplementedError("not a launch that is known here")
         self.kernel, self.compiled = kernel, compiled  # kept: another kernel would get the id
         self.order = operator.itemgetter(*(names.index(name) for name in kernel.arg_names))
@@ -103,10 +102,10 @@ class Prepared:
         self.encoded = {}
         try:
             self.descriptors = _descriptors(compiled)
-            self.call = _call_in_c(compiled, bool(self.descriptors))
+            self.call, self.in_c = _call_in_c(compiled, bool(self.descriptors)), True
         except Exception:  # the kernel wants scratch memory, or Triton has changed
             self.descriptors = ()
-            self.call = _call_in_python(compiled)
+            self.call, self.in_c = _call_in_python(compiled), False
 
     def __call__(self, grid: tuple, device: torch.device, values: list):
         x, y, z = (*grid, 1, 1)[:3]

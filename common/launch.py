@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from triton.runtime.jit import JITFunction
 
-from common import dispatch
+from common import dispatch, replay
 from common.hardware import detect_gpu
 from common.problem import AttentionProblem
 
@@ -92,6 +92,9 @@ def launch(kernel, grid: tuple, device: torch.device, *args, **options):
     if 0 in grid:
         return
     options["enable_fp_fusion"] = True
+    if (recording := replay.recording()) is not None:
+        recording.launches.append((kernel, grid, args, options))
+        return
     if device.type != "cuda" or not isinstance(kernel, JITFunction):  # interpreted, or compiled and not run
         kernel[grid](*args, **options)
     elif device.index == torch.cuda.current_device():
@@ -150,6 +153,7 @@ def remember_tiles(version: str, problem: AttentionProblem, tiles: Tiles):
     """Store tiles for later calls, of this and later processes, under the user's cache folder."""
     path = _tuned_file()
     _tuned()[tuning_key(version, problem)] = list(tiles)
+    replay.forget()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(_tuned(), indent=1, sort_keys=True))

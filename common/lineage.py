@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import triton
 
 from common.hardware import GPU
+from common.replay import remembered
 
 FAMILIES = ("prefill", "decoding")
 # which older decoding versions do not take
@@ -62,6 +63,9 @@ class Version:
     most_queries: int = 1  # of a sequence, in one decoding call
     takes: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        object.__setattr__(self, "call", remembered(self.call))
+
     @property
     def name(self) -> str:
         return f"v{self.number}"
@@ -72,7 +76,7 @@ class Version:
 
     @property
     def path(self) -> pathlib.Path:
-        return pathlib.Path(inspect.getsourcefile(self.call))
+        return pathlib.Path(inspect.getsourcefile(inspect.unwrap(self.call)))
 
     @property
     def header(self) -> dict[str, str]:

@@ -5,6 +5,7 @@ import weakref
 
 import torch
 
+from common import replay
 from common.hardware import detect_gpu, interpreting, pretending
 
 HALF = (torch.float16, torch.bfloat16)
@@ -386,6 +387,9 @@ def _check_range(name: str, lengths: torch.Tensor, longest: int):
 
     Reads the device once for each tensor and change of it, never in a graph capture.
     """
+    if (recording := replay.recording()) is not None:
+        recording.checks.append((_check_range, name, lengths, longest))
+        return
     if lengths.device.type == "meta" or lengths.numel() == 0:
         return
     version = None if lengths.is_inference() else lengths._version

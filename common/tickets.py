@@ -3,6 +3,8 @@
 import torch
 import triton
 
+from common import replay
+
 GRAPHS = 2**18  # counters that captured graphs may take on a device, a MiB
 
 _of_stream: dict[tuple[int | None, int], torch.Tensor] = {}
@@ -16,6 +18,8 @@ def tickets(count: int, device: torch.device) -> torch.Tensor:
     beside any stream later: it gets counters that nobody has, for good. Those are set aside at a device's first call
     outside of a capture; where there are none, the graph itself begins with a memset.
     """
+    if (recording := replay.recording()) is not None:
+        return recording.tickets(count, device, tickets)
     if device.type == "meta":
         return torch.empty(count, dtype=torch.int32, device=device)
     if device.type != "cuda":

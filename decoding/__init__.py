@@ -1,9 +1,16 @@
 """Decoding: attention of one query a sequence, or a few, over a long KV cache."""
 
+import inspect
+
+import torch
+
 from common.hardware import detect_gpu
 from common.lineage import find_version, versions_of
+from common.plan import Plan
+from common.replay import remembered
 
 
+@remembered
 def flash_decoding(
     q, k, v, *, scale=None, seqlens_k=None, num_splits=None, return_lse=False, out=None, block_table=None, window=None,
     starts=None, k_new=None, v_new=None, check_table=False, deterministic=False, version=None,
@@ -52,3 +59,25 @@ def flash_decoding(
     # where nobody serves the call, the newest says which argument is wrong
     chosen = next((found for found in here if found.why_not_call(q, k, v, **arguments) is None), here[0])
     return chosen.call(q, k, v, **arguments)
+
+
+def plan_decoding(q, k, v, **options) -> Plan:
+    """A plan for steps that are alike: plan = plan_decoding(q, k, v, ...) once, plan(q, k, v, ...) a step.
+
+    Takes what flash_decoding takes, launches nothing and writes nothing; checks, the version, its splits and kernels
+    are settled here. plan(q, k, v, out=None, and every tensor given here by its name) returns what flash_decoding would
+    return, in the least time that Python allows. The tensors of a step are of the kinds of those given here: shape,
+    strides, dtype, device and whether 16 bytes divide the address; contents of all of them may change, lengths, starts
+    and block table too. Without out= each step has an output of its own; where out= was given here, each step gives one.
+    ValueError or TypeError, naming the argument, where a tensor is of another kind. Lengths and pages are no longer
+    checked: kernels clamp lengths, and answer a page that does not exist with NaN.
+
+    The plan has scratch memory of its own. Its steps therefore run one after the other: on one stream, or on several
+    that wait for each other, captured graphs included; steps that overlap spoil each other's results. Make a plan for
+    each stream. A graph that captured a step uses that memory: keep the plan while the graph is replayed.
+    Raises what flash_decoding raises; also ValueError where tensors would be copied first, as kernels cannot address
+    them (a last dimension that is not contiguous, say).
+    """
+    given = {name: x for name, x in options.items() if isinstance(x, torch.Tensor)}
+    others = {name: x for name, x in options.items() if name not in given}
+    return Plan(inspect.unwrap(flash_decoding), {"q": q, "k": k, "v": v} | given, others)

@@ -2,8 +2,10 @@
 
 from common.hardware import detect_gpu
 from common.lineage import find_version, versions_of
+from common.replay import remembered
 
 
+@remembered
 def flash_attention(
     q, k, v, causal=False, *, scale=None, window=None, seq_lens=None, seqlens_q=None, seqlens_k=None,
     return_lse=False, out=None, version=None, **fp8,
