@@ -87,7 +87,10 @@ class AttentionProblem:
         if not isinstance(check_table, bool):
             raise TypeError(f"check_table: must be True or False, it is {check_table!r}")
         if block_table is not None and (check_table or block_table.device.type == "cpu"):
-            self._check_pages()
+            if (recording := replay.recording()) is not None:
+                recording.once.append(self._check_pages)
+            else:
+                self._check_pages()
         self.num_splits, self.keys_per_split = self._checked_splits(num_splits, deterministic)
         self._take_outputs(out, return_lse)
         return self

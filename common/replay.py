@@ -1,4 +1,4 @@
-"""Calls that repeat: what a call launches depends on its tensors' kinds, not on their contents, so it is found out once.
+"""Calls that repeat: what a call launches depends on its tensors' kinds, not on contents, and so is found out once.
 
 Kind: shape, strides, dtype, device, and the address as far as 16 divides it. A recipe is what one call launched, with
 its tensors left open: those that it was given, and those that it made without looking at any (output, scratch memory,
@@ -105,6 +105,7 @@ class Recording(TorchDispatchMode):
         super().__init__()
         self.launches = []  # (kernel, grid, args, options)
         self.checks = []  # (function, name, tensor, most): of contents, made at each call
+        self.once = []  # functions that check contents, but not at each call
         self.made = []  # (tensor, function that makes one like it)
         self.counts = {}  # of tickets, by their number in made
 
@@ -154,6 +155,12 @@ class Recipe:
         self.given = [x for x in (*args, *options.values()) if isinstance(x, torch.Tensor)]
         with _recorded() as taken:
             result = function(*args, **options)
+        if dispatched and taken.once:
+            raise NoRecipe("looks at contents")
+        for check in taken.once:
+            check()
+        for check, name, x, most in taken.checks:
+            check(name, x, most)
         self.sources = [*self.given, *(x for x, _ in taken.made)]
         self.device, self.stream_of = self.given[0].device, lambda index: None
         self.kept = []  # tensors of the program's own, and compiled kernels

@@ -62,21 +62,23 @@ def flash_decoding(
 
 
 def plan_decoding(q, k, v, **options) -> Plan:
-    """A plan for steps that are alike: plan = plan_decoding(q, k, v, ...) once, plan(q, k, v, ...) a step.
+    """A plan for steps that are alike: plan = plan_decoding(q, k, v, ...) once, then plan(q, k, v, ...) for each step.
 
-    Takes what flash_decoding takes, launches nothing and writes nothing; checks, the version, its splits and kernels
-    are settled here. plan(q, k, v, out=None, and every tensor given here by its name) returns what flash_decoding would
-    return, in the least time that Python allows. The tensors of a step are of the kinds of those given here: shape,
-    strides, dtype, device and whether 16 bytes divide the address; contents of all of them may change, lengths, starts
-    and block table too. Without out= each step has an output of its own; where out= was given here, each step gives one.
-    ValueError or TypeError, naming the argument, where a tensor is of another kind. Lengths and pages are no longer
-    checked: kernels clamp lengths, and answer a page that does not exist with NaN.
+    Takes what flash_decoding takes. Nothing is launched or written yet; checks, the version, its splits and kernels are
+    settled. plan(q, k, v, out=None, and by its name every other tensor that was given here) returns what flash_decoding
+    would, in the least time that Python allows.
 
-    The plan has scratch memory of its own. Its steps therefore run one after the other: on one stream, or on several
-    that wait for each other, captured graphs included; steps that overlap spoil each other's results. Make a plan for
-    each stream. A graph that captured a step uses that memory: keep the plan while the graph is replayed.
-    Raises what flash_decoding raises; also ValueError where tensors would be copied first, as kernels cannot address
-    them (a last dimension that is not contiguous, say).
+    A step's tensors are of the kinds of those given here: shape, strides, dtype, device, address modulo 16; otherwise
+    ValueError or TypeError, naming the argument. All contents may change, those of seqlens_k, starts and block_table
+    too, and are no longer checked: kernels clamp lengths, and answer a page that does not exist with NaN. Each step has
+    an output of its own, unless it gives one; where out= was given here, with its strides, each step gives one.
+
+    The plan has scratch memory of its own, so its steps must run one after the other, replayed graphs included: on one
+    stream, or on several that wait for each other. Steps that overlap spoil each other's results; make a plan for each
+    stream. A graph that captured a step works in that memory: keep the plan as long as the graph.
+
+    Raises what flash_decoding raises; ValueError also for tensors that flash_decoding would copy first, since kernels
+    cannot address them (a last dimension that is not contiguous, say); RuntimeError while a graph is captured.
     """
     given = {name: x for name, x in options.items() if isinstance(x, torch.Tensor)}
     others = {name: x for name, x in options.items() if name not in given}
