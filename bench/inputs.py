@@ -86,7 +86,7 @@ class Inputs:
         """What a version chooses its tiles by."""
         tensors, options = self.version_arguments()
         if self.case.family == "decoding":
-            return AttentionProblem.decoding(*tensors, **options, most_queries=self.case.seqlen_q)
+            return AttentionProblem.decoding(*tensors, **options, most_queries=self.case.seqlen_q, fp8_caches=True)
         if "use_fp8" in options:
             options["descales"] = tuple(options.pop(f"descale_{x}") for x in "qkv")
         return AttentionProblem.prefill(*tensors, **options)

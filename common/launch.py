@@ -136,7 +136,7 @@ def _tuned() -> dict:
 
 def tuning_key(version: str, problem: AttentionProblem) -> str:
     """What tuned tiles are remembered under: version, GPU, dtype, padded head_dim, masked or not."""
-    dtype = str(problem.dtype).removeprefix("torch.")
+    dtype = str(problem.k.dtype).removeprefix("torch.")
     mask = "full" if problem.window_left is None and problem.window_right is None else "masked"
     return f"{version}|{detect_gpu().slug}|{dtype}|{block_d(problem)}|{mask}"
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import triton
 
 from common.hardware import GPU
@@ -19,7 +20,7 @@ from common.replay import remembered
 
 FAMILIES = ("prefill", "decoding")
 # which older decoding versions do not take
-CACHE_ARGUMENTS = ("block_table", "window", "starts", "k_new", "v_new", "deterministic")
+CACHE_ARGUMENTS = ("block_table", "window", "starts", "k_new", "v_new", "deterministic", "descale_k", "descale_v")
 
 
 def triton_version() -> tuple[int, int]:
@@ -35,8 +36,10 @@ class Requires:
     capability: tuple[int, int] = (8, 0)
     exactly: bool = False
     fp8_capability: tuple[int, int] = (8, 9)
+    e5m2_capability: tuple[int, int] = (8, 9)
     triton: tuple[int, int] = (3, 6)
     amd: bool = True  # plain Triton also compiles for AMD
+    e5m2_amd: bool = False
     interpreter: bool = True
 
 
@@ -106,8 +109,11 @@ class Version:
         if gpu.backend == "hip":
             if not need.amd:
                 return f"needs an NVIDIA GPU, this is {gpu.name}"
-            return "FP8 needs an NVIDIA GPU (e4m3 of this AMD GPU is another format)" if is_fp8 else None
-        least = max(need.capability, need.fp8_capability) if is_fp8 else need.capability
+            if not is_fp8 or (dtype == "e5m2" and need.e5m2_amd):
+                return None
+            return "FP8 needs an NVIDIA GPU (e4m3 of this AMD GPU is another format)"
+        of_fp8 = need.e5m2_capability if dtype == "e5m2" else need.fp8_capability
+        least = max(need.capability, of_fp8) if is_fp8 else need.capability
         found = "{}.{}".format(*gpu.capability)
         if need.exactly and gpu.capability != need.capability:
             return "needs compute capability {}.{}, this is {}".format(*need.capability, found)
@@ -115,16 +121,18 @@ class Version:
             return "{}needs compute capability {}.{}, this is {}".format("FP8 " if is_fp8 else "", *least, found)
         return None
 
-    def lacks(self, **arguments) -> str | None:
+    def lacks(self, *, k=None, **arguments) -> str | None:
         """Which of a decoding call's arguments this version does not have, as a reason; None where it has all."""
         if self.family != "decoding":
             return None
+        if not self.fp8 and isinstance(k, torch.Tensor) and k.dtype.itemsize == 1:
+            return "takes no float8 caches"
         beyond = [name for name in CACHE_ARGUMENTS if arguments.get(name) is not None and name not in self.takes]
         return f"takes no {', '.join(beyond)}" if beyond else None
 
     def why_not_call(self, q, k, v, **arguments) -> str | None:
         """Why this version does not serve that call; None where it does."""
-        if reason := self.lacks(**arguments):
+        if reason := self.lacks(k=k, **arguments):
             return reason
         if self.family == "decoding" and getattr(q, "ndim", 0) == 4 and q.shape[2] > self.most_queries:
             return f"takes {self.most_queries} queries of a sequence at most, not {q.shape[2]}"

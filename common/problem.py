@@ -15,6 +15,7 @@ FLOAT32 = torch.finfo(torch.float32)
 MAX_HEAD_DIM = 256
 PAGE_SIZES = tuple(2**i for i in range(9))  # keys of a page
 MAX_SPLITS = 65535  # of the grid's second axis
+LEAST_KEYS_OF_DESCALE = 16
 DETERMINISTIC_KEYS = 1024  # of a split, whatever else is in the batch: whole blocks of every version's
 MAX_ROW_STRIDE = 2**22  # 512 rows of a block stay inside int32; other offsets are int64
 MAX_SEQLEN = 2**30  # positions, and position + block, stay inside int32
@@ -30,13 +31,16 @@ class AttentionProblem:
     for float8 tensors, else None. Decoding alone: block_table int32 [batch, pages of a sequence], for k and v [pages,
     heads_kv, page_size, head_dim]; seqlen_k is then what a row of it holds. starts int32 [batch]. k_new, v_new [batch,
     heads_kv, seqlen_q, head_dim]. None where not given. num_splits, or None for a number of the version's choice, of
-    keys_per_split keys each, or None for equal shares.
+    keys_per_split keys each, or None for equal shares. Float8 caches: descale_k, descale_v float32 [batch, heads_kv] or
+    [batch or pages, heads_kv, blocks]; keys_of_descales: the keys of such a block for each of them, 0 where there is
+    one number a head, or none.
     """
 
     __slots__ = (
-        "batch", "block_table", "descales", "head_dim", "heads_kv", "heads_q", "k", "k_new", "keys_per_split", "lse",
-        "num_splits", "out", "page_size", "q", "rank3", "return_lse", "scale", "seqlen_k", "seqlen_q", "seqlens_k",
-        "seqlens_q", "starts", "v", "v_new", "window_left", "window_right",
+        "batch", "block_table", "descale_k", "descale_v", "descales", "head_dim", "heads_kv", "heads_q", "k", "k_new",
+        "keys_of_descales", "keys_per_split", "lse", "num_splits", "out", "page_size", "q", "rank3", "return_lse",
+        "scale", "seqlen_k", "seqlen_q", "seqlens_k", "seqlens_q", "starts", "v", "v_new", "window_left",
+        "window_right",
     )  # fmt: skip
 
     @classmethod
@@ -62,17 +66,19 @@ class AttentionProblem:
     def decoding(
         cls, q, k, v, *, scale=None, seqlens_k=None, num_splits=None, return_lse=False, out=None, most_queries=1,
         block_table=None, window=None, starts=None, k_new=None, v_new=None, check_table=False,
-        deterministic=False,
+        deterministic=False, descale_k=None, descale_v=None, fp8_caches=False,
     ):  # fmt: skip
         """Check a decoding step; q [B, Hq, Sq, D], the last positions of their sequences, k and v [B, Hkv, Sk, D].
 
-        num_splits: None is the version's own choice. most_queries: what Sq may be, in this version. The rest is
-        described in decoding.flash_decoding.
+        num_splits: None is the version's own choice. most_queries: what Sq may be, in this version; fp8_caches: whether
+        k and v may be float8. The rest is described in decoding.flash_decoding.
 
         Raises TypeError or ValueError, naming the argument, what it was and what would do.
         """
         self = cls()
-        self._take_tensors(q, k, v, use_fp8=False, fp8_dtype=None, ranks=(4,), paged=block_table is not None)
+        self._take_tensors(
+            q, k, v, use_fp8=False, fp8_dtype=None, ranks=(4,), paged=block_table is not None, fp8_caches=fp8_caches
+        )  # fmt: skip
         if not 1 <= self.seqlen_q <= most_queries:
             takes = "one query" if most_queries == 1 else f"1 to {most_queries} queries"
             form = "[B, Hq, 1, D]" if most_queries == 1 else "[B, Hq, Sq, D]"
@@ -84,6 +90,9 @@ class AttentionProblem:
         self.seqlens_k = self._checked_lengths("seqlens_k", seqlens_k, self.seqlen_k)
         self.starts = self._checked_lengths("starts", starts, self.seqlen_k)
         self.k_new, self.v_new = self._checked_new(k, v, k_new, v_new)
+        self.descale_k, keys_k = self._checked_cache_descale("descale_k", descale_k)
+        self.descale_v, keys_v = self._checked_cache_descale("descale_v", descale_v)
+        self.keys_of_descales = keys_k, keys_v
         if not isinstance(check_table, bool):
             raise TypeError(f"check_table: must be True or False, it is {check_table!r}")
         if block_table is not None and (check_table or block_table.device.type == "cpu"):
@@ -102,7 +111,8 @@ class AttentionProblem:
 
     @property
     def fp8(self) -> bool:
-        return self.q.dtype.itemsize == 1
+        """Whether k and v are float8; q is too, in prefill, and is not in decoding."""
+        return self.k.dtype.itemsize == 1
 
     @property
     def group(self) -> int:
@@ -124,13 +134,13 @@ class AttentionProblem:
 
     # ---- checks, in the order of the arguments
 
-    def _take_tensors(self, q, k, v, use_fp8, fp8_dtype, ranks=(3, 4), paged=False):
+    def _take_tensors(self, q, k, v, use_fp8, fp8_dtype, ranks=(3, 4), paged=False, fp8_caches=False):
         tensors = isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
         if not tensors or not (
             q.ndim == k.ndim == v.ndim and q.ndim in ranks and q.dtype == k.dtype == v.dtype
             and q.device == k.device == v.device
         ):  # fmt: skip
-            self._refuse_tensors(q, k, v, ranks)
+            self._refuse_tensors(q, k, v, ranks, fp8_caches)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise ValueError("q, k, v: one requires grad, and there is no backward; detach() it or use torch.no_grad()")
         self._check_dtype(q.dtype, use_fp8, fp8_dtype)
@@ -143,10 +153,10 @@ class AttentionProblem:
         self._check_shapes(q, k, v, paged)
         self.q, self.k = addressable(q), addressable(k)
         # float8 values are wanted the other way round, keys contiguous: quantize.py sees to that
-        self.v = v if v.dtype.itemsize == 1 else addressable(v)
+        self.v = v if use_fp8 and v.dtype.itemsize == 1 else addressable(v)
 
-    def _refuse_tensors(self, q, k, v, ranks):
-        """Name what is wrong with tensors that are none, or unlike each other."""
+    def _refuse_tensors(self, q, k, v, ranks, fp8_caches):
+        """Name what is wrong with tensors that are none, or unlike each other, but for caches that may be float8."""
         for name, x in (("q", q), ("k", k), ("v", v)):
             if not isinstance(x, torch.Tensor):
                 raise TypeError(f"{name}: must be a torch.Tensor, it is {type(x).__name__}")
@@ -156,9 +166,23 @@ class AttentionProblem:
             if x.ndim != q.ndim:
                 raise ValueError(f"{name}: has {x.ndim} dimensions and q has {q.ndim}; all three must have the same")
             if x.dtype != q.dtype:
-                raise TypeError(f"{name}: is {x.dtype} and q is {q.dtype}; q, k and v must have one dtype")
+                self._check_cache_dtype(q, k, x, name, fp8_caches)
             if x.device != q.device:
                 raise ValueError(f"{name}: is on {x.device} and q is on {q.device}; q, k and v must be on one device")
+
+    def _check_cache_dtype(self, q, k, x, name, fp8_caches):
+        """k or v, x, of another dtype than q: float8, of a GPU that has it, or a mistake."""
+        if x.dtype not in FP8.values() or not fp8_caches:
+            hint = ", but for float8 caches in decoding versions that take them" if x.dtype in FP8.values() else ""
+            raise TypeError(f"{name}: is {x.dtype} and q is {q.dtype}; q, k and v must have one dtype{hint}")
+        if not isinstance(k, torch.Tensor) or x.dtype != k.dtype:
+            raise TypeError(f"{name}: is {x.dtype} and k is {k.dtype}; k and v must have one dtype")
+        if q.dtype not in HALF:
+            raise TypeError(f"q: over float8 caches must be float16 or bfloat16, it is {q.dtype}")
+        gpu = detect_gpu()
+        if x.dtype == FP8["e4m3"] and (gpu.backend == "hip" or gpu.capability < FP8_CAPABILITY):
+            need = "needs an NVIDIA GPU of compute capability 8.9"
+            raise ValueError(f"{name}: a cache in e4m3 {need}, this is {gpu.name} ({gpu.arch}); e5m2 would do")
 
     def _check_dtype(self, dtype, use_fp8, fp8_dtype):
         if not use_fp8:
@@ -306,6 +330,32 @@ class AttentionProblem:
                 raise ValueError(f"{name}: to be written its elements must not share memory, its strides are {strides}")
         return addressable(k_new), addressable(v_new)
 
+    def _checked_cache_descale(self, name, descale):
+        """A float8 cache's descale and the keys that one number of it is for, 0 for all of a head's."""
+        if descale is None:
+            return None, 0
+        if not self.fp8:
+            raise ValueError(f"{name}: belongs to float8 caches, k and v are {self.k.dtype}")
+        if not isinstance(descale, torch.Tensor):
+            raise TypeError(f"{name}: must be a float32 tensor, it is {type(descale).__name__}")
+        if descale.dtype != torch.float32:
+            raise TypeError(f"{name}: must be float32, it is {descale.dtype}")
+        if descale.device != self.q.device:
+            raise ValueError(f"{name}: is on {descale.device} and q is on {self.q.device}; use one device")
+        if descale.shape == (self.batch, self.heads_kv):
+            return descale, 0
+        places, _, keys, _ = self.k.shape
+        if descale.ndim == 3 and descale.shape[:2] == (places, self.heads_kv) and (descale.shape[2] or not keys):
+            blocks = descale.shape[2]
+            of_block = max(LEAST_KEYS_OF_DESCALE, 1 << (-(-keys // max(blocks, 1)) - 1).bit_length()) if keys else 1
+            if -(-keys // of_block) == blocks:
+                return descale, of_block
+        forms = f"[{self.batch}, {self.heads_kv}] or [{places}, {self.heads_kv}, blocks of {keys} keys]"
+        raise ValueError(
+            f"{name}: must have shape {forms}, blocks of a power of two from {LEAST_KEYS_OF_DESCALE} on; "
+            f"it has {list(descale.shape)}"
+        )
+
     def _checked_descales(self, descales):
         """Float32 [batch, heads] for each of q, k, v; a number or one element serves all heads. Default 1."""
         if not self.fp8:
@@ -336,7 +386,7 @@ class AttentionProblem:
         if not isinstance(return_lse, bool):
             raise TypeError(f"return_lse: must be True or False, it is {return_lse!r}")
         self.return_lse = return_lse
-        dtype = torch.bfloat16 if self.fp8 else self.q.dtype
+        dtype = torch.bfloat16 if self.q.dtype.itemsize == 1 else self.q.dtype
         self.out = torch.empty_like(self.q, dtype=dtype) if out is None else self._checked_out(out, dtype)
         shape = (self.batch, self.heads_q, self.seqlen_q)
         self.lse = torch.empty(shape, dtype=torch.float32, device=self.q.device) if return_lse else None
@@ -347,8 +397,9 @@ class AttentionProblem:
         shape = (self.seqlen_q, self.heads_q, self.head_dim) if self.rank3 else tuple(self.q.shape)
         if out.shape != shape or out.device != self.q.device:
             raise ValueError(f"out: must be {list(shape)} on {self.q.device}, it is {list(out.shape)} on {out.device}")
-        if out.dtype != dtype and not (self.fp8 and out.dtype in HALF):
-            raise TypeError(f"out: must be {'float16 or bfloat16' if self.fp8 else dtype}, it is {out.dtype}")
+        either = self.q.dtype.itemsize == 1
+        if out.dtype != dtype and not (either and out.dtype in HALF):
+            raise TypeError(f"out: must be {'float16 or bfloat16' if either else dtype}, it is {out.dtype}")
         if out.stride(-1) != 1 and out.shape[-1] > 1:
             raise ValueError(f"out: its last dimension must be contiguous, its strides are {list(out.stride())}")
         strides = out.stride()

@@ -13,7 +13,8 @@ from common.replay import remembered
 @remembered
 def flash_decoding(
     q, k, v, *, scale=None, seqlens_k=None, num_splits=None, return_lse=False, out=None, block_table=None, window=None,
-    starts=None, k_new=None, v_new=None, check_table=False, deterministic=False, version=None,
+    starts=None, k_new=None, v_new=None, check_table=False, deterministic=False, descale_k=None,
+    descale_v=None, version=None,
 ):  # fmt: skip
     """softmax(scale * q k^T) v for the last positions of each sequence, by the newest version that serves the call.
 
@@ -40,10 +41,19 @@ def flash_decoding(
     deterministic: True cuts every sequence into splits of 1024 keys (num_splits is then refused), so that its output is
       bitwise the same alone and in any batch, in caches of any capacity, as long as q's shape but for the batch, dtypes
       and layouts are the same.
+    From v5 on:
+    k and v may be float8 (e4m3fn or e5m2, both the same) where q is fp16 or bf16; k_new and v_new then are float8 too.
+      e4m3 needs an NVIDIA GPU of compute capability 8.9; e5m2 any, also AMD's.
+    descale_k, descale_v: float32, what k and v are multiplied by; None is 1. Either [B, Hkv], one number for a head of
+      a sequence, or like the cache, [B or pages, Hkv, n], one for each block of keys: of the fewest keys that n blocks
+      cover the cache's (or a page's) with, a power of two from 16 on. common.quantize.quantize_cache makes them.
     Raises ValueError or TypeError naming the argument, before anything is launched; NoGPU where there is no GPU.
     """
     arguments = dict(scale=scale, seqlens_k=seqlens_k, num_splits=num_splits, return_lse=return_lse, out=out)
-    of_caches = dict(block_table=block_table, window=window, starts=starts, k_new=k_new, v_new=v_new)
+    of_caches = dict(
+        block_table=block_table, window=window, starts=starts, k_new=k_new, v_new=v_new, descale_k=descale_k,
+        descale_v=descale_v,
+    )  # fmt: skip
     arguments |= {name: value for name, value in of_caches.items() if value is not None}
     if check_table is not False and block_table is not None:
         arguments["check_table"] = check_table
@@ -51,8 +61,9 @@ def flash_decoding(
         arguments["deterministic"] = deterministic
     if version is not None:
         chosen = find_version("decoding", version)
-        if reason := chosen.lacks(**arguments):
-            raise ValueError(f"version: {chosen.name} {reason}; v4 does")
+        if reason := chosen.lacks(k=k, **arguments):
+            able = next(found for found in versions_of("decoding") if found.lacks(k=k, **arguments) is None)
+            raise ValueError(f"version: {chosen.name} {reason}; {able.name} does")
         return chosen.call(q, k, v, **arguments)
     gpu = detect_gpu()
     here = [found for found in reversed(versions_of("decoding")) if found.why_not(gpu) is None]

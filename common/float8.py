@@ -1,0 +1,52 @@
+"""Float8 caches as float16, which holds every number of both formats: e5m2 is its upper byte, e4m3 has fewer of all."""
+
+import triton
+import triton.language as tl
+
+# In: four numbers, of columns d and d + 1 in two rows. Out: column d in both rows, column d + 1 in both.
+_E4M3 = tl.constexpr("""{
+    .reg .b32 t; .reg .b16 even, odd;
+    prmt.b32 t, $2, 0, 0x3120; mov.b32 {even, odd}, t;
+    cvt.rn.f16x2.e4m3x2 $0, even; cvt.rn.f16x2.e4m3x2 $1, odd;
+}""")
+_E5M2 = tl.constexpr("prmt.b32 $0, $2, 0, 0x2404; and.b32 $1, $2, 0xff00ff00;")
+
+
+@triton.jit
+def columns_of_pairs(pairs, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """The even and the odd columns, float16 [rows, pairs] each, of float8 numbers that were loaded two by two as uint16.
+
+    16-bit numbers are what a tensor core's right operand can be read as from rows that lie as they do in memory, eight
+    by eight (ldmatrix.trans); of 8-bit numbers each would be a load. PTX: by NVIDIA's instructions, three for four
+    numbers; what the compiler makes of the other way has nine.
+    """
+    if PTX:
+        ASM: tl.constexpr = _E5M2 if DTYPE == tl.float8e5 else _E4M3
+        even, odd = tl.inline_asm_elementwise(
+            ASM, "=&r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:
+        even = pairs.to(tl.uint8).to(DTYPE, bitcast=True).to(tl.float16)
+        odd = (pairs >> 8).to(tl.uint8).to(DTYPE, bitcast=True).to(tl.float16)
+    return even, odd
+
+
+@triton.jit
+def as_float16(x):
+    """x [rows, columns] in float16, and the power of two by which each row was divided to fit: nothing is rounded that
+    2^-24 of a row's largest number would notice.
+    """
+    exponent = tl.max(tl.abs(x.to(tl.float32)), 1).to(tl.int32, bitcast=True) & 0x7F800000
+    unit = tl.where(exponent == 0, 1.0, exponent.to(tl.float32, bitcast=True))
+    return (x.to(tl.float32) / unit[:, None]).to(tl.float16), unit
+
+
+@triton.jit
+def descales_of(Descale, stride, off_b, off_hk, pages, offs_n, here, KEYS: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Descales of the keys offs_n, where `here`, else 0: Descale [batch or pages, heads, blocks of KEYS keys]."""
+    Descale += off_hk.to(tl.int64) * stride[1]
+    if PAGE_SIZE is None:
+        blocks = off_b.to(tl.int64) * stride[0] + (offs_n // KEYS).to(tl.int64) * stride[2]
+    else:
+        blocks = pages.to(tl.int64) * stride[0] + (offs_n % PAGE_SIZE // KEYS) * stride[2]
+    return tl.load(Descale + blocks, mask=here, other=0.0)
