@@ -32,21 +32,23 @@ def columns_of_pairs(pairs, DTYPE: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def as_float16(x):
-    """x [rows, columns] in float16, and the power of two by which each row was divided to fit: nothing is rounded that
-    2^-24 of a row's largest number would notice.
-    """
-    exponent = tl.max(tl.abs(x.to(tl.float32)), 1).to(tl.int32, bitcast=True) & 0x7F800000
-    unit = tl.where(exponent == 0, 1.0, exponent.to(tl.float32, bitcast=True))
-    return (x.to(tl.float32) / unit[:, None]).to(tl.float16), unit
+def power_of_two_below(x):
+    """The largest power of two that is at most x, a float32 number that is not negative; 1 for 0."""
+    exponent = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7F800000
+    return tl.where(exponent == 0, 1.0, exponent.to(tl.float32, bitcast=True))
 
 
 @triton.jit
-def descales_of(Descale, stride, off_b, off_hk, pages, offs_n, here, KEYS: tl.constexpr, PAGE_SIZE: tl.constexpr):
-    """Descales of the keys offs_n, where `here`, else 0: Descale [batch or pages, heads, blocks of KEYS keys]."""
-    Descale += off_hk.to(tl.int64) * stride[1]
-    if PAGE_SIZE is None:
-        blocks = off_b.to(tl.int64) * stride[0] + (offs_n // KEYS).to(tl.int64) * stride[2]
+def descales_of(Descale, off_b, heads_kv, off_hk, pages, offs_n, here, seqlen_k, KEYS: tl.constexpr, PAGE: tl.constexpr):
+    """Descales of the keys offs_n, where `here`, else 0: Descale [batch, heads_kv, blocks of KEYS keys], or with pages
+    of PAGE keys [pages, heads_kv, blocks].
+    """
+    if PAGE is None:
+        head = (off_b * heads_kv + off_hk).to(tl.int64) * tl.cdiv(seqlen_k, KEYS)
+        blocks = head + (offs_n.to(tl.uint32) // KEYS).to(tl.int64)  # unsigned: a shift
     else:
-        blocks = pages.to(tl.int64) * stride[0] + (offs_n % PAGE_SIZE // KEYS) * stride[2]
+        IN_PAGE: tl.constexpr = (PAGE + KEYS - 1) // KEYS
+        blocks = (pages.to(tl.int64) * heads_kv + off_hk) * IN_PAGE
+        if IN_PAGE > 1:
+            blocks += ((offs_n & (PAGE - 1)).to(tl.uint32) // KEYS).to(tl.int64)
     return tl.load(Descale + blocks, mask=here, other=0.0)

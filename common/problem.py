@@ -343,13 +343,13 @@ class AttentionProblem:
         if descale.device != self.q.device:
             raise ValueError(f"{name}: is on {descale.device} and q is on {self.q.device}; use one device")
         if descale.shape == (self.batch, self.heads_kv):
-            return descale, 0
+            return descale.contiguous(), 0
         places, _, keys, _ = self.k.shape
         if descale.ndim == 3 and descale.shape[:2] == (places, self.heads_kv) and (descale.shape[2] or not keys):
             blocks = descale.shape[2]
             of_block = max(LEAST_KEYS_OF_DESCALE, 1 << (-(-keys // max(blocks, 1)) - 1).bit_length()) if keys else 1
             if -(-keys // of_block) == blocks:
-                return descale, of_block
+                return descale.contiguous(), of_block
         forms = f"[{self.batch}, {self.heads_kv}] or [{places}, {self.heads_kv}, blocks of {keys} keys]"
         raise ValueError(
             f"{name}: must have shape {forms}, blocks of a power of two from {LEAST_KEYS_OF_DESCALE} on; "

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from common.caches import append_rows, first_visible_key, page_rows, pages_are_missing, pages_of
-from common.float8 import as_float16, columns_of_pairs, descales_of
+from common.float8 import columns_of_pairs, descales_of, power_of_two_below
 from common.hardware import detect_gpu
 from common.launch import Tiles, block_d, cdiv, launch, tuned_tiles
 from common.lineage import Requires, Version
@@ -49,7 +49,6 @@ def split_kernel(
     DescaleK, DescaleV,  # float32 [batch, heads_kv], or [batch or page, heads_kv, blocks of keys], or None
     stride_q, stride_k, stride_v, stride_o,  # (batch or page, head, row, 1), in elements
     stride_k_new, stride_v_new, stride_table,  # the like, or None; of a sequence, in entries
-    stride_descale_k, stride_descale_v,  # (batch or page, head, block), or None
     heads_q, heads_kv, seqlen_q, seqlen_k, num_splits, scale, window_left, num_pages,
     keys_per_split,  # int or None: equal shares
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -95,30 +94,36 @@ def split_kernel(
     mask_d = offs_d < HEAD_DIM
     FP8: tl.constexpr = K.dtype.element_ty.primitive_bitwidth == 8
     FORMAT: tl.constexpr = V.dtype.element_ty
-    WIDTH: tl.constexpr = 2 if PAIRS else 1  # v5: columns of V that are one number
-    offs_v = tl.arange(0, BLOCK_D // WIDTH)
-    mask_v = offs_v < HEAD_DIM // WIDTH
-    mask_q = (offs_m < rows)[:, None] & mask_d[None, :]
+    WIDTH: tl.constexpr = 2 if PAIRS else 1  # v5: columns of K and V that are one number
+    offs_c = tl.arange(0, BLOCK_D // WIDTH)
+    mask_c = offs_c < HEAD_DIM // WIDTH
     Q += off_b.to(tl.int64) * stride_q[0]
     q_rows = Q + off_h.to(tl.int64) * stride_q[1] + (offs_m % seqlen_q).to(tl.int64) * stride_q[2]  # [BLOCK_M]
     if PAIRS:  # v5
-        V = V.to(tl.pointer_type(tl.uint16))
+        K, V = K.to(tl.pointer_type(tl.uint16)), V.to(tl.pointer_type(tl.uint16))
+        stride_k = stride_k[0] // 2, stride_k[1] // 2, stride_k[2] // 2
+        stride_v = stride_v[0] // 2, stride_v[1] // 2, stride_v[2] // 2
     if BlockTable is not None:
         K += off_hk.to(tl.int64) * stride_k[1]
-        V += off_hk.to(tl.int64) * (stride_v[1] // WIDTH)
+        V += off_hk.to(tl.int64) * stride_v[1]
     else:
         K += off_b.to(tl.int64) * stride_k[0] + off_hk.to(tl.int64) * stride_k[1] + lo.to(tl.int64) * stride_k[2]
-        V += off_b.to(tl.int64) * (stride_v[0] // WIDTH) + off_hk.to(tl.int64) * (stride_v[1] // WIDTH)
-        V += lo.to(tl.int64) * (stride_v[2] // WIDTH)
-        k_ptrs = K + tl.arange(0, BLOCK_N)[:, None] * stride_k[2] + offs_d[None, :]
-        v_ptrs = V + tl.arange(0, BLOCK_N)[:, None] * (stride_v[2] // WIDTH) + offs_v[None, :]
-    q = tl.load(q_rows[:, None] + offs_d[None, :], mask=mask_q, other=0.0)  # [BLOCK_M, BLOCK_D]
+        V += off_b.to(tl.int64) * stride_v[0] + off_hk.to(tl.int64) * stride_v[1] + lo.to(tl.int64) * stride_v[2]
+        k_ptrs = K + tl.arange(0, BLOCK_N)[:, None] * stride_k[2] + offs_c[None, :]
+        v_ptrs = V + tl.arange(0, BLOCK_N)[:, None] * stride_v[2] + offs_c[None, :]
+    mask_q = (offs_m < rows)[:, None] & mask_c[None, :]
+    q = tl.load(q_rows[:, None] + WIDTH * offs_c[None, :], mask=mask_q, other=0.0)  # [BLOCK_M, BLOCK_D // WIDTH]
+    q_odd = q
+    if PAIRS:
+        q_odd = tl.load(q_rows[:, None] + 2 * offs_c[None, :] + 1, mask=mask_q, other=0.0)
     unit = tl.full([BLOCK_M], 1.0, tl.float32)
     if FP8 and q.dtype == tl.bfloat16:  # v5: float8 becomes float16 in one step, bfloat16 in several
-        q, unit = as_float16(q)
+        unit = power_of_two_below(tl.maximum(tl.max(tl.abs(q), 1), tl.max(tl.abs(q_odd), 1)))
+        q = (q.to(tl.float32) / unit[:, None]).to(tl.float16)
+        q_odd = (q_odd.to(tl.float32) / unit[:, None]).to(tl.float16)
     scales = unit * scale
     if DescaleK is not None and SCALED_K == 0:  # v5
-        scales *= tl.load(DescaleK + off_b.to(tl.int64) * stride_descale_k[0] + off_hk * stride_descale_k[1])
+        scales *= tl.load(DescaleK + kv_head)
 
     KEYS: tl.constexpr = 0 if BLOCK_M == 1 else 1  # the axis of the scores that keys run along
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -132,29 +137,31 @@ def split_kernel(
             here = pages >= 0
             k_rows = page_rows(0, stride_k, pages, offs_n, PAGE_SIZE)
             v_rows = k_rows if SAME_STRIDES else page_rows(0, stride_v, pages, offs_n, PAGE_SIZE)
-            k_ptrs = K + (k_rows[:, None] + offs_d[None, :])
-            v_ptrs = V + ((v_rows >> (WIDTH - 1))[:, None] + offs_v[None, :])
-        k = tl.load(k_ptrs, mask=here[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
-        v = tl.load(v_ptrs, mask=here[:, None] & mask_v[None, :], other=0)  # [BLOCK_N, BLOCK_D // WIDTH]
-        v_odd = v
-        if FP8:  # v5
-            k = k.to(tl.float16)
-            if PAIRS:
-                v, v_odd = columns_of_pairs(v, FORMAT, PTX)
-            else:
-                v = v.to(tl.float16)
+            k_ptrs = K + (k_rows[:, None] + offs_c[None, :])
+            v_ptrs = V + (v_rows[:, None] + offs_c[None, :])
+        mask = here[:, None] & mask_c[None, :]
+        k = tl.load(k_ptrs, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D // WIDTH]
+        v = tl.load(v_ptrs, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D // WIDTH]
+        k_odd, v_odd = k, v
+        if PAIRS:  # v5
+            k, k_odd = columns_of_pairs(k, FORMAT, PTX)
+            v, v_odd = columns_of_pairs(v, FORMAT, PTX)
+        elif FP8:
+            k, v = k.to(tl.float16), v.to(tl.float16)
         if BLOCK_M == 1:
             qk = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[:, None]  # [BLOCK_N, 1]
             visible = (offs_n < hi)[:, None]
         else:
             qk = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+            if PAIRS:  # v5
+                qk = tl.dot(q_odd, k_odd.T, qk)
             visible = offs_n[None, :] <= last_key[:, None]
             if window_left is not None:
                 visible &= offs_n[None, :] >= (offs_m % seqlen_q + len_k - seqlen_q - window_left)[:, None]
         qk *= tl.expand_dims(scales, KEYS)
         if SCALED_K != 0:  # v5
             k_scales = descales_of(
-                DescaleK, stride_descale_k, off_b, off_hk, pages, offs_n, here, SCALED_K, PAGE_SIZE
+                DescaleK, off_b, heads_kv, off_hk, pages, offs_n, here, seqlen_k, SCALED_K, PAGE_SIZE
             )  # fmt: skip
             qk *= tl.expand_dims(k_scales, 1 - KEYS)
         qk = tl.where(visible, qk, float("-inf"))
@@ -166,7 +173,7 @@ def split_kernel(
         largest = 1.0
         if SCALED_V != 0:  # v5: weights times factors stay below 1, as float16 wants them
             v_scales = descales_of(
-                DescaleV, stride_descale_v, off_b, off_hk, pages, offs_n, here, SCALED_V, PAGE_SIZE
+                DescaleV, off_b, heads_kv, off_hk, pages, offs_n, here, seqlen_k, SCALED_V, PAGE_SIZE
             )  # fmt: skip
             largest = tl.max(v_scales, 0)
             p *= tl.expand_dims(v_scales / tl.where(largest == 0.0, 1.0, largest), 1 - KEYS)
@@ -177,12 +184,12 @@ def split_kernel(
         offs_n += BLOCK_N
         if BlockTable is None:
             k_ptrs += BLOCK_N * stride_k[2]
-            v_ptrs += BLOCK_N * (stride_v[2] // WIDTH)
+            v_ptrs += BLOCK_N * stride_v[2]
 
     if PAIRS:  # v5
         acc = tl.join(acc, acc_odd).reshape(BLOCK_M, BLOCK_D)
     if DescaleV is not None and SCALED_V == 0:  # v5
-        acc *= tl.load(DescaleV + off_b.to(tl.int64) * stride_descale_v[0] + off_hk * stride_descale_v[1])
+        acc *= tl.load(DescaleV + kv_head)
     if BlockTable is not None:  # said aloud, where nobody could refuse it
         l_i = tl.where(pages_are_missing(table, lo, hi, num_pages, PAGE_SIZE), float("nan"), l_i)
     out = tl.where(l_i == 0.0, 0.0, 1.0 / l_i)[:, None] * acc
@@ -198,7 +205,8 @@ def split_kernel(
         PartLSE += first_row * num_splits
         Parts += first_row * num_splits * HEAD_DIM
         part = tl.program_id(1).to(tl.int64) * rows + offs_m  # [BLOCK_M]
-        tl.store(Parts + part[:, None] * HEAD_DIM + offs_d[None, :], out, mask=mask_q)
+        mask_out = (offs_m < rows)[:, None] & mask_d[None, :]
+        tl.store(Parts + part[:, None] * HEAD_DIM + offs_d[None, :], out, mask=mask_out)
         tl.store(PartLSE + part, lse, mask=offs_m < rows)
         tl.debug_barrier()  # every warp has stored its share before the ticket is drawn, which publishes them all
         ticket = tl.atomic_add(Tickets + tl.program_id(0), 1, sem="acq_rel")
@@ -222,13 +230,13 @@ def weigh(acc, p, v, largest, SCALED: tl.constexpr):
 
 def tiles_for(problem: AttentionProblem) -> Tiles:
     """About 16 KB of K and as much of V a block, in two buffers where shared memory is large."""
-    block_n = max(16, min(256, 16384 // (block_d(problem) * problem.k.dtype.itemsize)))
+    block_n = max(16, min(256, 16384 // (block_d(problem) * problem.dtype.itemsize)))
     paged, large = problem.block_table is not None, has_large_shared_memory(problem)
     if problem.dtype == torch.float32:
         warps = 4 if large and not paged else 8  # which have room for the addresses
         own = Tiles(1, block_n, warps, 2) if problem.group * problem.seqlen_q == 1 else Tiles(16, block_n, 8, 2)
-    elif paged and block_n > 64:  # the like, in smaller blocks, of which more are on the way
-        own = Tiles(16, 64, 4, 5 if large else 3)
+    elif problem.fp8 or (paged and block_n > 64):  # v5: as many bytes on the way, in smaller blocks
+        own = Tiles(16, min(block_n, 64) if paged else block_n, 4, 5 if large else 3)
     else:
         own = Tiles(16, block_n, 4, 3 if large else 2)
     return tuned_tiles("decoding v5", problem) or own
@@ -243,13 +251,11 @@ def stages_of_pages(problem: AttentionProblem) -> int:
 
 
 def has_pairs(problem: AttentionProblem, block_m: int) -> bool:
-    """v5: whether two columns of v are one number, on an even address."""
-    v = problem.v
-    return problem.fp8 and block_m > 1 and not any(x % 2 for x in (problem.head_dim, v.data_ptr(), *v.stride()[:3]))
-
-
-def strides(x: torch.Tensor | None) -> tuple | None:
-    return None if x is None else x.stride()
+    """v5: whether two columns of k and of v are one number, on an even address."""
+    p = problem
+    if not p.fp8 or block_m == 1 or p.head_dim % 2:
+        return False
+    return not any(x % 2 for y in (p.k, p.v) for x in (y.data_ptr(), *y.stride()[:3]))
 
 
 def call_flash_decoding_v5(
@@ -274,8 +280,9 @@ def call_flash_decoding_v5(
     launch(
         split_kernel, (programs, splits), p.q.device, p.q, p.k, p.v, p.out, p.lse, parts_of(p, splits),
         tickets(programs, p.q.device), p.seqlens_k, p.starts, table, k_new, v_new, descale_k, descale_v,
-        p.q.stride(), p.k.stride(), p.v.stride(), p.out.stride(), strides(k_new), strides(v_new),
-        None if table is None else table.stride(0), strides(descale_k), strides(descale_v), p.heads_q, p.heads_kv, p.seqlen_q, p.seqlen_k, splits, p.scale,
+        p.q.stride(), p.k.stride(), p.v.stride(), p.out.stride(),
+        *(None if x is None else x.stride() for x in (k_new, v_new)),
+        None if table is None else table.stride(0), p.heads_q, p.heads_kv, p.seqlen_q, p.seqlen_k, splits, p.scale,
         p.window_left, p.k.shape[0], p.keys_per_split, HEAD_DIM=p.head_dim, BLOCK_D=block_d(p), BLOCK_M=block_m,
         BLOCK_N=block_n, STAGES=num_stages + stages_of_pages(p), PAGE_SIZE=p.page_size,
         NEW_ROWS=1 << (p.seqlen_q - 1).bit_length(), SAME_STRIDES=p.k.stride() == p.v.stride(), SCALED_K=p.keys_of_descales[0],
