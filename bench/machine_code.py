@@ -348,11 +348,12 @@ def own_tiles(case: Case) -> tuple[int, int, int, int] | None:
     version, gpu = _found(case)
     if why_not(case):
         return None
-    q, k, v = (x.to(FP8[case.dtype]) if case.dtype in FP8 else x for x in _tensors(case))
+    q, k, v = _tensors(case)
     with pretend(gpu):
         if case.family == "decoding":
-            problem = AttentionProblem.decoding(q, k, v)
+            problem = AttentionProblem.decoding(q, k, v, fp8_caches=True)
         else:
+            q, k, v = (x.to(FP8[case.dtype]) if case.dtype in FP8 else x for x in (q, k, v))
             problem = AttentionProblem.prefill(q, k, v, **_options(case))
         return tuple(version.tiles(problem))
 
@@ -364,20 +365,28 @@ def _found(case: Case) -> tuple[Version, GPU]:
 
 
 def _tensors(case: Case) -> tuple:
-    """q, k, v on device "meta", [B, H, S, D] views of [B, S, H, D]; 16 bits for FP8, which the call quantises."""
+    """q, k, v on device "meta", [B, H, S, D] views of [B, S, H, D]; for FP8 16 bits, which the call quantises, but for
+    the caches of decoding, which are float8.
+    """
     import torch
+
+    from common.problem import FP8
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(case.dtype, torch.float16)
 
-    def tensor(seqlen, heads):
+    def tensor(seqlen, heads, dtype=dtype):
         return torch.empty(case.batch, seqlen, heads, case.head_dim, dtype=dtype, device="meta").transpose(1, 2)
 
-    rows = 1 if case.family == "decoding" else case.seqlen
-    return tensor(rows, case.heads_q), tensor(case.seqlen, case.heads_kv), tensor(case.seqlen, case.heads_kv)
+    decoding = case.family == "decoding"
+    of_cache = FP8.get(case.dtype, dtype) if decoding else dtype
+    k, v = (tensor(case.seqlen, case.heads_kv, of_cache) for _ in range(2))
+    return tensor(1 if decoding else case.seqlen, case.heads_q), k, v
 
 
 def _options(case: Case) -> dict:
-    causal = {"is_causal": case.causal} if case.family == "prefill" else {}
+    if case.family == "decoding":
+        return {}
+    causal = {"is_causal": case.causal}
     return causal | ({"use_fp8": True, "fp8_dtype": case.dtype} if case.dtype in ("e4m3", "e5m2") else {})
 
 

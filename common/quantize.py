@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from common.launch import cdiv, launch
-from common.problem import FP8, AttentionProblem
+from common.problem import FP8, LEAST_KEYS_OF_DESCALE, AttentionProblem
 
 SMALLEST_AMAX = 1e-30  # below, 1 / descale would leave float32: such a head is as good as zero
 FORMAT_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
@@ -25,6 +25,15 @@ class Quantized(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     descale_q: torch.Tensor
+    descale_k: torch.Tensor
+    descale_v: torch.Tensor
+
+
+class QuantizedCache(NamedTuple):
+    """k, v float8 like the caches that they were; descales float32 [B, Hkv], or [B or pages, Hkv, blocks of keys]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
     descale_k: torch.Tensor
     descale_v: torch.Tensor
 
@@ -56,15 +65,25 @@ def _keys_contiguous(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(batch, heads, head_dim, padded, dtype=dtype, device=x.device)[..., :seqlen].transpose(2, 3)
 
 
+def _largest(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    """Of each row of x [B, H, S, D]: [B, H, S]; 0 past the lengths: what lies there is nobody's, and sets no scale."""
+    largest = x.abs().amax(3)
+    if lengths is not None:
+        unused = torch.arange(x.shape[2], device=x.device) >= lengths[:, None]
+        largest = largest.masked_fill(unused[:, None], 0.0)
+    return largest
+
+
+def _descale(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    amax = amax.float()
+    usable = (amax > SMALLEST_AMAX) & torch.isfinite(amax)
+    return torch.where(usable, amax / FORMAT_MAX[dtype], 1.0)
+
+
 def _quantize(x: torch.Tensor, dtype: torch.dtype, keys_contiguous: bool, lengths: torch.Tensor | None):
     batch, heads, seqlen, _ = x.shape
-    largest = x.abs().amax(3) if seqlen else x.new_zeros(batch, heads, 1)
-    if lengths is not None and seqlen:  # what lies past a length is nobody's, and must not set the scale
-        unused = torch.arange(seqlen, device=x.device) >= lengths[:, None]
-        largest = largest.masked_fill(unused[:, None], 0.0)
-    amax = largest.amax(2).float()
-    usable = (amax > SMALLEST_AMAX) & torch.isfinite(amax)
-    descale = torch.where(usable, amax / FORMAT_MAX[dtype], 1.0)
+    amax = _largest(x, lengths).amax(2) if seqlen else x.new_zeros(batch, heads)
+    descale = _descale(amax, dtype)
     y = _keys_contiguous(x, dtype) if keys_contiguous else torch.empty_like(x, dtype=dtype)
     _store(x, y, 1.0 / descale)
     return y, descale
@@ -88,6 +107,38 @@ def quantize_fp8(q, k, v, fp8_dtype="e4m3") -> Quantized:
     problem = AttentionProblem.prefill(q, k, v, use_fp8=True, fp8_dtype=fp8_dtype)
     quantize_problem(problem, fp8_dtype)
     return Quantized(problem.q, problem.k, problem.v, *problem.descales)
+
+
+def quantize_cache(k, v, fp8_dtype="e4m3", block=None, seqlens_k=None) -> QuantizedCache:
+    """Float8 copies of a cache, k and v [B, Hkv, Sk, D], any float dtype and strides, for decoding from v5 on.
+
+    fp8_dtype "e4m3" or "e5m2". block: None gives one scale for each head of a sequence, which pages of it share; a power
+    of two from 16 on, one for every so many keys, then k and v may also be pages, [pages, Hkv, page_size, D].
+    seqlens_k: int32 [B], keys past which set no scale. Raises ValueError naming the argument.
+    """
+    if fp8_dtype not in FP8:
+        raise ValueError(f"fp8_dtype: must be 'e4m3' or 'e5m2', it is {fp8_dtype!r}")
+    if block is not None and (block < LEAST_KEYS_OF_DESCALE or block & (block - 1)):
+        raise ValueError(f"block: must be a power of two from {LEAST_KEYS_OF_DESCALE} on, or None, it is {block}")
+    dtype = FP8[fp8_dtype]
+    if block is None:
+        (k, descale_k), (v, descale_v) = (_quantize(x, dtype, False, seqlens_k) for x in (k, v))
+    else:
+        (k, descale_k), (v, descale_v) = (_quantize_blocks(x, dtype, block, seqlens_k) for x in (k, v))
+    return QuantizedCache(k, v, descale_k, descale_v)
+
+
+def _quantize_blocks(x: torch.Tensor, dtype: torch.dtype, block: int, lengths: torch.Tensor | None):
+    places, heads, keys, head_dim = x.shape
+    blocks = cdiv(keys, block)
+    largest = torch.nn.functional.pad(_largest(x, lengths), (0, blocks * block - keys))
+    descale = _descale(largest.view(places, heads, blocks, block).amax(3), dtype)
+    scales = (1.0 / descale).repeat_interleave(block, 2)[:, :, :keys, None]
+    y, limit = torch.empty_like(x, dtype=dtype), FORMAT_MAX[dtype]
+    at_once = max(1, 2**26 // max(1, heads * keys * head_dim))
+    for some, into, scale in zip(*(t.split(at_once) for t in (x, y, scales)), strict=True):
+        into.copy_((some.float() * scale).clamp(-limit, limit))  # NaN stays NaN
+    return y, descale
 
 
 def quantize_problem(problem: AttentionProblem, fp8_dtype: str):

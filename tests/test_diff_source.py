@@ -100,6 +100,7 @@ EXCEPTIONS = {
     ("prefill", "v10"): "v8's softmax and packing stand in its file, v10's in common/lazy_softmax.py",
     ("decoding", "v2"): "rows of several queries and heads take the place of one row",
     ("decoding", "v3"): "the second kernel goes, and its work moves into the first",
+    ("decoding", "v5"): "a float8 cache has factors, and columns two by two, wherever K and V go",
     ("decoding", "v4"): "four features that caches need together; what later versions share moves to common",
 }
 

@@ -19,6 +19,7 @@ from bench.machine_code import (
 )
 from common.hardware import KNOWN, pretend, target_of
 from common.lineage import FAMILIES, find_version, triton_version, versions_of
+from common.problem import FP8
 
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 FP8_ARCHS = ("sm_89", "sm_90", "sm_100", "sm_120")
@@ -82,17 +83,26 @@ def test_default_tiles(cell):
 
 
 def compiled_pages(version, arch, dtype, head_dim, page_size, seqlen_q, **more):
-    """The kernel of one call over pages, compiled through the version's own launch; more: "append", "window"."""
-    gpu, element = KNOWN[arch], {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    """The kernel of one call, compiled through the version's own launch. page_size None: a contiguous cache. more:
+    "append", "window"; of float8 caches "descales", "head" or the keys of a block, and "q", a dtype.
+    """
+    gpu, element = KNOWN[arch], {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32} | FP8
+    element = element[dtype]
+    of_q = more.get("q", torch.float16) if dtype in FP8 else element
 
-    def rows(*shape):
+    def rows(*shape, element=element):
         return torch.empty(*shape, head_dim, dtype=element, device="meta").transpose(1, 2)
 
     def integers(*shape):
         return torch.empty(*shape, dtype=torch.int32, device="meta")
 
-    q, cache = rows(2, seqlen_q, 32), rows(8192, page_size, 8)
-    options = {"seqlens_k": integers(2), "block_table": integers(2, 65536 // page_size)}
+    q, options = rows(2, seqlen_q, 32, element=of_q), {"seqlens_k": integers(2)}
+    cache = rows(8192, page_size, 8) if page_size else rows(2, 65536, 8)
+    if page_size:
+        options["block_table"] = integers(2, 65536 // page_size)
+    if block := more.get("descales"):
+        shape = (2, 8) if block == "head" else (cache.shape[0], 8, -(-cache.shape[2] // block))
+        options |= {name: torch.empty(shape, device="meta") for name in ("descale_k", "descale_v")}
     if more.get("append"):
         options |= {"k_new": rows(2, seqlen_q, 8), "v_new": rows(2, seqlen_q, 8)}
     if more.get("window"):
@@ -125,6 +135,38 @@ def test_pages(version, arch, dtype, head_dim, page_size, seqlen_q, more):
         assert int(re.search(r"ttg.async_wait .*?num = (\d+)", loop)[1]) >= 2
 
 
+FP8_CACHES = [
+    *[(arch, "e4m3", d, page_size, 1, {"descales": "head"})
+      for arch in FP8_ARCHS for d in (64, 128, 256) for page_size in (None, 16)],
+    *[(arch, "e5m2", 128, page_size, 1, {"descales": "head"})
+      for arch in ("sm_80", "sm_86", "sm_90", "gfx942") for page_size in (None, 16)],
+    *[("sm_90", "e4m3", 128, page_size, 1, {"descales": 64, "q": torch.bfloat16}) for page_size in (None, 16, 256)],
+    ("sm_90", "e4m3", 128, None, 8, {"descales": "head", "append": True}),
+    ("sm_90", "e4m3", 128, 16, 4, {"descales": "head", "append": True, "window": True}),
+]  # fmt: skip
+FP8_VERSIONS = [version for version in versions_of("decoding") if version.fp8]
+
+
+@pytest.mark.parametrize("version", FP8_VERSIONS, ids=lambda version: version.name)
+@pytest.mark.parametrize("arch, dtype, head_dim, page_size, seqlen_q, more", FP8_CACHES)
+def test_fp8_caches(version, arch, dtype, head_dim, page_size, seqlen_q, more):
+    """No spills, 64-bit offsets; float8 numbers leave shared memory two or more at a time, never one by one, and become
+    float16 by as many instructions as there must be: two for four numbers, and one that sorts them.
+    """
+    kernel = compiled_pages(version, arch, dtype, head_dim, page_size, seqlen_q, **more)
+    found = facts(kernel)
+    assert found["spills"] == 0 and found["shared"] <= found["shared_limit"], found
+    assert narrow_offsets(kernel.stage("ttir"), dtype) == []
+    if arch == "gfx942":
+        return
+    (loop,) = kernel.main_loops
+    assert [opcode for opcode in loop.opcodes if re.match(r"(LDG|LDS|LDL|LD)\b.*\.[US]8", opcode)] == []
+    numbers = 2 * kernel.constants["BLOCK_N"] * max(32, head_dim) // (32 * kernel.warps)  # of K and V, a thread
+    if dtype == "e4m3":
+        assert loop.has("F2FP.F16.E4M3") == numbers // 2
+    assert loop.has("LDSM") >= numbers // 16  # four numbers in each of four registers
+
+
 ELEMENT = {"fp16": "f16", "bf16": "bf16", "fp32": "f32", "e4m3": "f8E4M3FN", "e5m2": "f8E5M2"}
 
 
@@ -133,6 +175,7 @@ def narrow_offsets(ttir: str, dtype: str) -> list[str]:
     signature = next(line for line in ttir.splitlines() if "tt.func public" in line)
     pointers = re.findall(r"(%\w+): !tt\.ptr<(\w+)>", signature)
     tensors = {name for name, element in pointers if element == ELEMENT[dtype]}
+    tensors |= {name for name, of in re.findall(r"(%\w+) = tt\.bitcast (%\w+)", ttir) if of in tensors}
     steps = re.findall(r"tt\.addptr (%\w+), (.*?) : .*?, (i\d+)", ttir)
     return [f"{name} + {offset}" for name, offset, kind in steps if name in tensors and kind != "i64"]
 
