@@ -1,8 +1,8 @@
-"""Repairs of Triton's CPU interpreter (3.6 to 3.9), which is silently wrong in three places (triton#11584).
+"""Repairs of Triton's CPU interpreter (3.6 to 3.9), which is silently wrong in four places (triton#11584).
 
-As shipped, tl.dot multiplies the raw bits of bfloat16, casts to bfloat16 cut instead of rounding, and casts to float8
-lose the carry (1.97 becomes 1.0). After install() dots of bfloat16 go through float32 and casts round to nearest even,
-float8 saturating, as the GPU does.
+As shipped, tl.dot multiplies the raw bits of bfloat16, casts to bfloat16 cut instead of rounding, casts to float8 lose
+the carry (1.97 becomes 1.0), and casts from float8 lose NaN, and in e5m2 infinity and numbers below 2^-14. After
+install() dots of bfloat16 go through float32 and casts round to nearest even, float8 saturating, as the GPU does.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def install() -> None:
         narrows = target.primitive_bitwidth < source.primitive_bitwidth
         if source in _TORCH and target in _TORCH and narrows and "RTZ" not in str(rounding):
             return _round(values, source, target)
+        if source in _LARGEST and target in _TORCH and target not in _LARGEST:
+            return _round(values, source, target)  # exact
         return shipped_convert(values, source, target, rounding)
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):

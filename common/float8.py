@@ -14,11 +14,11 @@ _E5M2 = tl.constexpr("prmt.b32 $0, $2, 0, 0x2404; and.b32 $1, $2, 0xff00ff00;")
 
 @triton.jit
 def columns_of_pairs(pairs, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """The even and the odd columns, float16 [rows, pairs] each, of float8 numbers that were loaded two by two as uint16.
+    """The even and the odd columns, float16 [rows, pairs] each, of float8 numbers that were loaded in pairs, as uint16.
 
-    16-bit numbers are what a tensor core's right operand can be read as from rows that lie as they do in memory, eight
-    by eight (ldmatrix.trans); of 8-bit numbers each would be a load. PTX: by NVIDIA's instructions, three for four
-    numbers; what the compiler makes of the other way has nine.
+    16-bit numbers can be read from shared memory as tensor cores want them, eight rows by eight, also transposed
+    (ldmatrix); of 8-bit numbers, transposed, each is a load. PTX: by NVIDIA's instructions, three for four numbers;
+    what the compiler makes of the other way has ten.
     """
     if PTX:
         ASM: tl.constexpr = _E5M2 if DTYPE == tl.float8e5 else _E4M3
@@ -39,7 +39,9 @@ def power_of_two_below(x):
 
 
 @triton.jit
-def descales_of(Descale, off_b, heads_kv, off_hk, pages, offs_n, here, seqlen_k, KEYS: tl.constexpr, PAGE: tl.constexpr):
+def descales_of(
+    Descale, off_b, heads_kv, off_hk, pages, offs_n, here, seqlen_k, KEYS: tl.constexpr, PAGE: tl.constexpr
+):
     """Descales of the keys offs_n, where `here`, else 0: Descale [batch, heads_kv, blocks of KEYS keys], or with pages
     of PAGE keys [pages, heads_kv, blocks].
     """

@@ -166,17 +166,18 @@ class AttentionProblem:
             if x.ndim != q.ndim:
                 raise ValueError(f"{name}: has {x.ndim} dimensions and q has {q.ndim}; all three must have the same")
             if x.dtype != q.dtype:
-                self._check_cache_dtype(q, k, x, name, fp8_caches)
+                self._check_cache_dtype(q, x, name, ("v", v) if name == "k" else ("k", k), fp8_caches)
             if x.device != q.device:
                 raise ValueError(f"{name}: is on {x.device} and q is on {q.device}; q, k and v must be on one device")
 
-    def _check_cache_dtype(self, q, k, x, name, fp8_caches):
-        """k or v, x, of another dtype than q: float8, of a GPU that has it, or a mistake."""
+    def _check_cache_dtype(self, q, x, name, other, fp8_caches):
+        """k or v, x, of another dtype than q: float8, like its partner, on a GPU that has it, or a mistake."""
         if x.dtype not in FP8.values() or not fp8_caches:
             hint = ", but for float8 caches in decoding versions that take them" if x.dtype in FP8.values() else ""
             raise TypeError(f"{name}: is {x.dtype} and q is {q.dtype}; q, k and v must have one dtype{hint}")
-        if not isinstance(k, torch.Tensor) or x.dtype != k.dtype:
-            raise TypeError(f"{name}: is {x.dtype} and k is {k.dtype}; k and v must have one dtype")
+        if not isinstance(other[1], torch.Tensor) or x.dtype != other[1].dtype:
+            got = getattr(other[1], "dtype", type(other[1]).__name__)
+            raise TypeError(f"{name}: is {x.dtype} and {other[0]} is {got}; k and v must have one dtype")
         if q.dtype not in HALF:
             raise TypeError(f"q: over float8 caches must be float16 or bfloat16, it is {q.dtype}")
         gpu = detect_gpu()

@@ -112,8 +112,8 @@ def quantize_fp8(q, k, v, fp8_dtype="e4m3") -> Quantized:
 def quantize_cache(k, v, fp8_dtype="e4m3", block=None, seqlens_k=None) -> QuantizedCache:
     """Float8 copies of a cache, k and v [B, Hkv, Sk, D], any float dtype and strides, for decoding from v5 on.
 
-    fp8_dtype "e4m3" or "e5m2". block: None gives one scale for each head of a sequence, which pages of it share; a power
-    of two from 16 on, one for every so many keys, then k and v may also be pages, [pages, Hkv, page_size, D].
+    fp8_dtype "e4m3" or "e5m2". block: None gives one scale for each head of a sequence, which its pages share; a power
+    of two from 16 on gives one for every so many keys, and k and v may also be pages, [pages, Hkv, page_size, D].
     seqlens_k: int32 [B], keys past which set no scale. Raises ValueError naming the argument.
     """
     if fp8_dtype not in FP8:

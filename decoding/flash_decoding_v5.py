@@ -1,13 +1,13 @@
 """Flash decoding v5: FP8 caches.
 
-Idea: half the bytes. Keys and values are float8, with a factor for a head or for a block of keys, and become float16 on
-  their way from shared memory to the tensor cores.
-Changed: K is loaded as float8 and converted; V two columns at a time, as 16-bit numbers, which the tensor cores' loads
-  can transpose, and taken apart into even and odd columns: two halves of the output, joined behind the loop. K's factors
-  join the scale, V's the weights or the output. 16-bit caches go v4's way.
-Expect: 1.9 times v4's speed where the memory is the limit. A block of 64 keys takes about 440 instructions (409 of
-  16 bits; 620 converted plainly, 97 of them byte loads), and must be done in half the time, 815 cycles of an SM.
-Limits: a key costs the same instructions in half the time: two thirds of all issue slots are taken.
+Idea: half the bytes. Keys and values are float8, with a factor for each head or block of keys, and become float16 on
+  their way to the tensor cores.
+Changed: rows are loaded two columns at a time: 16-bit numbers can be read as the tensor cores want them, transposed
+  too, where of 8-bit ones each is a load. Then they are even and odd columns: two products make the scores, two halves
+  the output, joined behind the loop. Factors join the scale, the weights or the output. 16-bit caches go v4's way.
+Expect: 1.9 times v4's speed where the memory is the limit. 64 keys (D=128) take a warp 438 instructions, v4 415: of an
+  SM's four schedulers more than half the time that the memory leaves, 815 cycles; in pages 556, two thirds.
+Limits: factors of blocks cost 170 instructions more, a maximum among them. Odd widths and strides are loaded bytewise.
 """
 
 import torch
@@ -55,7 +55,7 @@ def split_kernel(
     ROWS: tl.constexpr, PARTS: tl.constexpr, PAGE_SIZE: tl.constexpr, NEW_ROWS: tl.constexpr,
     SAME_STRIDES: tl.constexpr,  # of k and v
     SCALED_K: tl.constexpr, SCALED_V: tl.constexpr,  # keys of a descale, 0 for one a head
-    PAIRS: tl.constexpr, PTX: tl.constexpr,  # v is loaded two columns at a time; conversions are NVIDIA's
+    PAIRS: tl.constexpr, PTX: tl.constexpr,  # k and v are loaded two columns at a time; conversions are NVIDIA's
 ):  # fmt: skip
     """Some of the rows that share a KV head over one split of its keys; the last split to finish merges all."""
     rows = heads_q // heads_kv * seqlen_q  # head by head, all queries of each
@@ -114,7 +114,7 @@ def split_kernel(
     mask_q = (offs_m < rows)[:, None] & mask_c[None, :]
     q = tl.load(q_rows[:, None] + WIDTH * offs_c[None, :], mask=mask_q, other=0.0)  # [BLOCK_M, BLOCK_D // WIDTH]
     q_odd = q
-    if PAIRS:
+    if PAIRS:  # v5
         q_odd = tl.load(q_rows[:, None] + 2 * offs_c[None, :] + 1, mask=mask_q, other=0.0)
     unit = tl.full([BLOCK_M], 1.0, tl.float32)
     if FP8 and q.dtype == tl.bfloat16:  # v5: float8 becomes float16 in one step, bfloat16 in several
@@ -177,9 +177,9 @@ def split_kernel(
             )  # fmt: skip
             largest = tl.max(v_scales, 0)
             p *= tl.expand_dims(v_scales / tl.where(largest == 0.0, 1.0, largest), 1 - KEYS)
-        acc = weigh(acc * alpha[:, None], p, v, largest, SCALED_V)
+        acc = weigh(acc * alpha[:, None], p, v, largest, BLOCK_M, SCALED_V)
         if PAIRS:  # v5
-            acc_odd = weigh(acc_odd * alpha[:, None], p, v_odd, largest, SCALED_V)
+            acc_odd = weigh(acc_odd * alpha[:, None], p, v_odd, largest, BLOCK_M, SCALED_V)
         m_i = m_new
         offs_n += BLOCK_N
         if BlockTable is None:
@@ -219,13 +219,15 @@ def split_kernel(
 
 
 @triton.jit
-def weigh(acc, p, v, largest, SCALED: tl.constexpr):
-    """acc + p v, or with SCALED acc + p v largest; [BLOCK_M, columns]. One row has its p as [BLOCK_N, 1]."""
-    if p.shape[1] == 1:
-        return acc + tl.sum(p * v.to(tl.float32), 0)[None, :] * largest
-    if SCALED:
-        return acc + tl.dot(p.to(v.dtype), v, input_precision="ieee") * largest
-    return acc + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+def weigh(acc, p, v, largest, BLOCK_M: tl.constexpr, SCALED: tl.constexpr):
+    """acc + p v, with SCALED acc + p v largest; [BLOCK_M, columns]. One row has p [BLOCK_N, 1]."""
+    if BLOCK_M == 1:
+        acc += tl.sum(p * v.to(tl.float32), 0)[None, :] * largest
+    elif SCALED:
+        acc += tl.dot(p.to(v.dtype), v, input_precision="ieee") * largest
+    else:
+        acc += tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    return acc
 
 
 def tiles_for(problem: AttentionProblem) -> Tiles:
@@ -236,14 +238,15 @@ def tiles_for(problem: AttentionProblem) -> Tiles:
         warps = 4 if large and not paged else 8  # which have room for the addresses
         own = Tiles(1, block_n, warps, 2) if problem.group * problem.seqlen_q == 1 else Tiles(16, block_n, 8, 2)
     elif problem.fp8 or (paged and block_n > 64):  # v5: as many bytes on the way, in smaller blocks
-        own = Tiles(16, min(block_n, 64) if paged else block_n, 4, 5 if large else 3)
+        many = large and has_register_limit(problem)  # the compiler for sm_100 spills two numbers with five stages
+        own = Tiles(16, min(block_n, 64) if paged else block_n, 4, 5 if many else 3)
     else:
         own = Tiles(16, block_n, 4, 3 if large else 2)
     return tuned_tiles("decoding v5", problem) or own
 
 
 def stages_of_pages(problem: AttentionProblem) -> int:
-    """further stages, in which page numbers arrive, so that as many blocks of keys as without pages are on the way.
+    """Further stages, in which page numbers arrive, so that as many blocks of keys as without pages are on the way.
 
     None on AMD's GPUs, whose shared memory is full.
     """
@@ -276,18 +279,18 @@ def call_flash_decoding_v5(
     programs = p.batch * p.heads_kv * cdiv(p.group * p.seqlen_q, block_m)
     registers = REGISTERS if p.block_table is None else REGISTERS_PAGED
     limit = {"maxnreg": registers} if block_m == 16 and num_warps == 4 and has_register_limit(p) else {}
-    table, k_new, v_new, descale_k, descale_v = p.block_table, p.k_new, p.v_new, p.descale_k, p.descale_v
+    table, k_new, v_new, (keys_k, keys_v) = p.block_table, p.k_new, p.v_new, p.keys_of_descales
     launch(
         split_kernel, (programs, splits), p.q.device, p.q, p.k, p.v, p.out, p.lse, parts_of(p, splits),
-        tickets(programs, p.q.device), p.seqlens_k, p.starts, table, k_new, v_new, descale_k, descale_v,
-        p.q.stride(), p.k.stride(), p.v.stride(), p.out.stride(),
+        tickets(programs, p.q.device), p.seqlens_k, p.starts, table, k_new, v_new, p.descale_k,
+        p.descale_v, p.q.stride(), p.k.stride(), p.v.stride(), p.out.stride(),
         *(None if x is None else x.stride() for x in (k_new, v_new)),
         None if table is None else table.stride(0), p.heads_q, p.heads_kv, p.seqlen_q, p.seqlen_k, splits, p.scale,
         p.window_left, p.k.shape[0], p.keys_per_split, HEAD_DIM=p.head_dim, BLOCK_D=block_d(p), BLOCK_M=block_m,
         BLOCK_N=block_n, STAGES=num_stages + stages_of_pages(p), PAGE_SIZE=p.page_size,
-        NEW_ROWS=1 << (p.seqlen_q - 1).bit_length(), SAME_STRIDES=p.k.stride() == p.v.stride(), SCALED_K=p.keys_of_descales[0],
-        SCALED_V=p.keys_of_descales[1], PAIRS=has_pairs(p, block_m), PTX=detect_gpu(p.q.device).backend == "cuda",
-        num_warps=num_warps, **merge_tile(p, num_warps), **limit,
+        NEW_ROWS=1 << (p.seqlen_q - 1).bit_length(), SAME_STRIDES=p.k.stride() == p.v.stride(), SCALED_K=keys_k,
+        SCALED_V=keys_v, PAIRS=has_pairs(p, block_m), PTX=detect_gpu(p.q.device).backend == "cuda", num_warps=num_warps,
+        **merge_tile(p, num_warps), **limit,
     )  # fmt: skip
     return problem.result()
 

@@ -151,6 +151,44 @@ def huge(shape: tuple, strides: tuple, dtype, device) -> torch.Tensor:
     return memory[2**31 :].as_strided(shape, strides)
 
 
+# ---- caches of decoding
+
+
+def ints(values, device):
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def paged(k, v, lengths, page_size, *, shared=0, spare=2, seed=0, unused=-1):
+    """k and v [B, H, S, D] in pages [pages, H, page_size, D], stored [pages, page_size, H, D], and their block table.
+
+    Pages lie in a drawn order, `spare` of them in nobody's use; every row that is no key is NaN, table entries past a
+    sequence's pages are `unused`. The first `shared` pages of all sequences are those of the first, which they equal.
+    """
+    batch, heads, seqlen, head_dim = k.shape
+    most = -(-seqlen // page_size)
+    order = torch.randperm(batch * most + spare, generator=torch.Generator().manual_seed(seed)).tolist()
+    sizes = len(order), page_size, heads, head_dim * k.itemsize
+    caches = [torch.full(sizes, 255, dtype=torch.uint8).view(k.dtype) for _ in range(2)]  # NaN in every format
+    block_table = torch.full((batch, most + 1), unused, dtype=torch.int32)
+    for b in range(batch):
+        for i in range(-(-lengths[b] // page_size)):
+            page = order[(0 if i < shared else b) * most + i]
+            block_table[b, i] = page
+            keys = slice(i * page_size, min((i + 1) * page_size, lengths[b]))
+            for cache, x in zip(caches, (k, v), strict=True):
+                cache[page, : keys.stop - keys.start].copy_(x[b, :, keys].transpose(0, 1))
+    return *(cache.transpose(1, 2).to(k.device) for cache in caches), block_table.to(k.device)
+
+
+def oracle_between(q, k, v, first, lengths):
+    """Output and LSE of each sequence over its keys first..length, where the rest may be NaN."""
+    parts = []
+    for b, (start, end) in enumerate(zip(first, lengths, strict=True)):
+        here = (x[b : b + 1, :, start:end] for x in (k, v))
+        parts.append(attention_oracle(q[b : b + 1], *here, is_causal=True, return_lse=True))
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
 # ---- calls
 
 

@@ -54,6 +54,16 @@ def test_the_carry_and_the_tie():
     assert got.float().tolist() == [2.0, 1.0, 1.25, 448.0, -448.0]
 
 
+@pytest.mark.parametrize("source, dtype", [(tl.float8e4nv, torch.float8_e4m3fn), (tl.float8e5, torch.float8_e5m2)])
+def test_float8_widens_to_what_it_is(source, dtype):
+    """All 256 numbers: NaN, infinity and the smallest too."""
+    bits = torch.arange(256, dtype=torch.uint8)
+    for target, wide in ((tl.float16, torch.float16), (tl.float32, torch.float32), (tl.bfloat16, torch.bfloat16)):
+        got = interpreter._convert_float(bits.numpy(), source, target, None).view(f"int{target.primitive_bitwidth}")
+        found = torch.from_numpy(got).view(wide).float()
+        torch.testing.assert_close(found, bits.view(dtype).float(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_product_of_bfloat16_is_a_product_of_numbers():
     a, b = (torch.randn(16, 16, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(2))
     handles = [interpreter.TensorHandle(x.view(torch.int16).numpy().view(np.uint16), tl.bfloat16) for x in (a, b)]

@@ -15,7 +15,10 @@ from attention_checks import (
     call,
     guarded_memory,
     huge,
+    ints,
     needs_gpu,
+    oracle_between,
+    paged,
     relative_error,
     skip_unless_served,
     small_tiles,
@@ -35,31 +38,6 @@ every_dtype = all_versions_and_dtypes("decoding", *HALF_AND_FULL)
 PAGE_SIZES = (1, 16, 64, 256)
 
 
-def ints(values, device):
-    return torch.tensor(values, dtype=torch.int32, device=device)
-
-
-def paged(k, v, lengths, page_size, *, shared=0, spare=2, seed=0, unused=-1):
-    """k and v [B, H, S, D] in pages [pages, H, page_size, D], stored [pages, page_size, H, D], and their block table.
-
-    Pages lie in a drawn order, `spare` of them in nobody's use; every row that is no key is NaN, table entries past a
-    sequence's pages are `unused`. The first `shared` pages of all sequences are those of the first, which they equal.
-    """
-    batch, heads, seqlen, head_dim = k.shape
-    most = -(-seqlen // page_size)
-    order = torch.randperm(batch * most + spare, generator=torch.Generator().manual_seed(seed)).tolist()
-    caches = [torch.full((len(order), page_size, heads, head_dim), math.nan, dtype=k.dtype) for _ in range(2)]
-    block_table = torch.full((batch, most + 1), unused, dtype=torch.int32)
-    for b in range(batch):
-        for i in range(-(-lengths[b] // page_size)):
-            page = order[(0 if i < shared else b) * most + i]
-            block_table[b, i] = page
-            keys = slice(i * page_size, min((i + 1) * page_size, lengths[b]))
-            for cache, x in zip(caches, (k, v), strict=True):
-                cache[page, : keys.stop - keys.start] = x[b, :, keys].transpose(0, 1)
-    return *(cache.transpose(1, 2).to(k.device) for cache in caches), block_table.to(k.device)
-
-
 def both(version, q, k, v, lengths, page_size, device, *, splits=3, dtype="fp16", tiles=None, **options):
     """Attention over the contiguous cache and over its pages, the same bits; checked against the oracle."""
     tiles = tiles or small_tiles(version)
@@ -74,15 +52,6 @@ def both(version, q, k, v, lengths, page_size, device, *, splits=3, dtype="fp16"
     if options.get("starts") is None:
         assert_close(out, q, k, v, dtype, lse=lse, seqlens_k=seqlens_k, **masks)
     return out, lse
-
-
-def oracle_between(q, k, v, first, lengths):
-    """Output and LSE of each sequence over its keys first..length, where the rest may be NaN."""
-    parts = []
-    for b, (start, end) in enumerate(zip(first, lengths, strict=True)):
-        here = (x[b : b + 1, :, start:end] for x in (k, v))
-        parts.append(attention_oracle(q[b : b + 1], *here, is_causal=True, return_lse=True))
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 def lengths_around(page_size):
@@ -481,8 +450,10 @@ def test_entry_point(device):
 def test_older_versions_decline():
     """By name, so that a benchmark can say why there is no number."""
     q = torch.empty(1, 1, 1, 16)
-    for version in versions_of("decoding")[:3]:
+    for version in versions_of("decoding"):
         for name in CACHE_ARGUMENTS:
-            assert version.why_not_call(q, q, q, **{name: q}) == f"takes no {name}"
+            expected = None if name in version.takes else f"takes no {name}"
+            assert version.why_not_call(q, q, q, **{name: q}) == expected
             assert version.why_not_call(q, q, q, **{name: None}) is None
-    assert find_version("decoding", "v4").why_not_call(q, q, q, **dict.fromkeys(CACHE_ARGUMENTS, q)) is None
+    assert not any(name in find_version("decoding", "v3").takes for name in CACHE_ARGUMENTS)
+    assert "block_table" in find_version("decoding", "v4").takes
