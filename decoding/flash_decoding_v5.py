@@ -232,7 +232,7 @@ def weigh(acc, p, v, largest, BLOCK_M: tl.constexpr, SCALED: tl.constexpr):
 
 def tiles_for(problem: AttentionProblem) -> Tiles:
     """About 16 KB of K and as much of V a block, in two buffers where shared memory is large."""
-    block_n = max(16, min(256, 16384 // (block_d(problem) * problem.dtype.itemsize)))
+    block_n = max(16, min(128, 16384 // (block_d(problem) * problem.dtype.itemsize)))
     paged, large = problem.block_table is not None, has_large_shared_memory(problem)
     if problem.dtype == torch.float32:
         warps = 4 if large and not paged else 8  # which have room for the addresses
