@@ -25,21 +25,21 @@ from triton.runtime.jit import JITFunction
 MOST = 4096  # kernels with arguments that are remembered; addresses of one kernel's descriptors
 
 EXACT = frozenset({int, float, bool, str, tuple, NoneType})  # tuples of these
-_prepared: "dict[tuple, Prepared]" = {}
+_prepared: "dict[tuple, Prepared | bool]" = {}  # False: goes through Triton
 
 
 def run(kernel, grid: tuple, device: torch.device, args: tuple, options: dict):
     """kernel[grid](*args, **options) on `device`, which is the current one, and its current stream."""
     key, values = known_by(kernel, device, args, options)
-    found = _prepared.get(key)
-    if found is not None and not is_watched() and not kernel.pre_run_hooks:
+    found, watched = _prepared.get(key), is_watched() or kernel.pre_run_hooks
+    if found and not watched:
         found(grid, device, values)
         return
     compiled = kernel[grid](*args, **options)
-    if found is None and key is not None and (found := prepare(kernel, compiled, len(args), options)) is not None:
+    if found is None and key is not None and not watched:
         if len(_prepared) >= MOST:
             _prepared.clear()
-        _prepared[key] = found
+        _prepared[key] = prepare(kernel, compiled, len(args), options) or False
 
 
 def known_by(kernel, device: torch.device, args: tuple, options: dict) -> tuple[tuple | None, list]:
@@ -68,12 +68,11 @@ def known_by(kernel, device: torch.device, args: tuple, options: dict) -> tuple[
 
 def is_watched() -> bool:
     """Whether launches must go through Triton, since a profiler or the like wants to see them."""
-    runtime = knobs.runtime
-    return bool(
-        getattr(runtime.launch_enter_hook, "calls", True)
-        or getattr(runtime.launch_exit_hook, "calls", True)
-        or knobs.compilation.instrumentation_mode
-    )
+    try:
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        return bool(enter.calls or leave.calls or knobs.compilation.instrumentation_mode)
+    except AttributeError:  # Triton has changed, or a hook is no chain of them
+        return True
 
 
 def prepare(kernel, compiled, positional: int, options: dict) -> "Prepared | None":

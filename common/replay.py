@@ -109,6 +109,10 @@ class Recording(TorchDispatchMode):
         self.made = []  # (tensor, function that makes one like it)
         self.counts = {}  # of tickets, by their number in made
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first use imports torch._dynamo, 2 s
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name

@@ -2,6 +2,9 @@
 
 import inspect
 import math
+import pathlib
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -247,3 +250,14 @@ def test_why_there_is_no_recipe(device):
         with pytest.raises(NoRecipe, match=reason):
             Recipe(call, (x, y), {})
     assert replay.recording() is None
+
+
+def test_recording_is_quick():
+    """PyTorch's modes import its compiler unless they are told not to: seconds, in a process's second call."""
+    script = """if True:
+        import sys, torch
+        from common.replay import Recipe
+        Recipe(lambda x: torch.empty_like(x), (torch.ones(4),), {})
+        assert "torch._dynamo" not in sys.modules
+        """
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=pathlib.Path(__file__).parents[1])
