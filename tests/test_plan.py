@@ -8,6 +8,7 @@ from attention_checks import Case, needs_gpu, table
 
 from common import replay
 from common.lineage import versions_of
+from common.quantize import quantize_cache
 from decoding import flash_decoding, plan_decoding
 
 
@@ -33,6 +34,8 @@ STEPS = {
     "window": lambda device, seed: {"window": (20, 0), "seqlens_k": lengths(device, 60 - seed, 17)},
     "starts": lambda device, seed: {"starts": lengths(device, seed, 40), "return_lse": True},
     "pages": lambda device, seed: {"block_table": None, "seqlens_k": lengths(device, 60 - seed, 17)},
+    "deterministic": lambda device, seed: {"deterministic": True, "seqlens_k": lengths(device, 60 - seed, 17)},
+    "float8 caches": lambda device, seed: {"descale_k": None, "descale_v": None, "seqlens_k": lengths(device, 64, 17)},
     "new keys": lambda device, seed: {"k_new": None, "v_new": None, "seqlens_k": lengths(device, 50 + seed, 17)},
 }
 
@@ -45,6 +48,8 @@ def step(name: str, device, seed: int):
         order = torch.randperm(16, generator=torch.Generator().manual_seed(seed)).view(2, 8).to(device)
         k, v = paged(k, order, 8), paged(v, order, 8)
         options["block_table"] = order.int()
+    if "descale_k" in options:
+        k, v, options["descale_k"], options["descale_v"] = quantize_cache(k, v, "e5m2")
     if "k_new" in options:
         _, options["k_new"], options["v_new"] = Case(2, 4, 2, 1, 1, 64, layout="bhsd").tensors("fp16", device, seed)
     return q, k, v, options
@@ -65,7 +70,7 @@ def check_step(plan, q, k, v, options, **out):
     expected = results(flash_decoding(q, *theirs, **options))
     assert len(found) == len(expected)
     for x, y in zip((*found, *ours), (*expected, *theirs), strict=True):
-        assert torch.equal(x.nan_to_num(nan=-7.0), y.nan_to_num(nan=-7.0)) and x.dtype == y.dtype
+        assert torch.equal(x.float().nan_to_num(nan=-7.0), y.float().nan_to_num(nan=-7.0)) and x.dtype == y.dtype
     return found
 
 
