@@ -186,6 +186,7 @@ for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
 
 def _raw(x):
     """What torch computes with: the tensor, or a plain number."""
+    x = x.value if isinstance(x, real_gl.constexpr) else x
     return x.data if isinstance(x, Value) else int(x) if isinstance(x, Int) else x
 
 
@@ -234,6 +235,10 @@ class Pointer:
     @property
     def shape(self):
         return self.offset.shape
+
+    @property
+    def dtype(self):
+        return types.SimpleNamespace(element_ty=GLUON[self.base.dtype])
 
     def __add__(self, other):
         return Pointer(self.base, self.offset + other, self.owned)
@@ -804,6 +809,18 @@ def _store(pointer, value, mask=None, **_):
     pointer.flat[index] = value[mask].to(pointer.base.dtype)
 
 
+def _atomic_add(pointer, value, mask=None, sem=None, scope=None):
+    before = _load(pointer, mask)
+    _store(pointer, before + value, mask)
+    return before
+
+
+def _scan(x, axis, combine):
+    """An inclusive scan along an axis."""
+    slices = [Value(part) for part in x.data.unbind(axis)]
+    return Value(torch.stack([part.data for part in itertools.accumulate(slices, combine)], axis))
+
+
 def _inline_asm(asm, constraints, args, dtype, is_pure, pack):
     """PTX: tests/ptx.py's, and what packs numbers of few bits into an int32 or takes it for them again."""
     tensors = [_raw(x) for x in args]
@@ -849,6 +866,7 @@ def _language() -> Language:
         assume=_static_assert, multiple_of=lambda x, n: x, max_contiguous=lambda x, n: x, load=_load, store=_store,
         arange=lambda start, end, layout=None: Value(torch.arange(start, end, dtype=torch.int32)),
         full=_full, zeros=lambda shape, dtype, layout=None: _full(shape, 0, dtype),
+        zeros_like=lambda x: Value(torch.zeros_like(x.data)), atomic_add=_atomic_add, associative_scan=_scan,
         where=_where, minimum=_of_two(torch.fmin, min), maximum=_of_two(torch.fmax, max),
         max=_reduction(_max), min=_reduction(_min), sum=_reduction(_sum),
         exp2=_elementwise(torch.exp2, lambda x: 2.0**x), exp=_elementwise(torch.exp, math.exp),
@@ -962,6 +980,7 @@ class Emulator:
         gl = _language()
         gl.program_id = lambda axis: Int(self.program.index[axis])
         gl.num_programs = lambda axis: Int(self.program.grid[axis])
+        gl.barrier = lambda **_: self.program.pause()  # of a partition, which is one thread here
         gl.num_warps = lambda: self.program.running.warps
         gl.allocate_shared_memory = self._of_program("allocate_shared_memory")
         gl.warp_specialize = self._of_program("warp_specialize")
@@ -978,7 +997,7 @@ class Emulator:
         )  # fmt: skip
         products = {n: self._of_program(n) for n in ("fence_async_shared", "warpgroup_mma", "warpgroup_mma_wait")}
         hopper = names(mbarrier=mbarrier, tma=tma, warpgroup_mma_init=lambda value: value, **products)
-        gluon = names(jit=functools.partial(Kernel, self), language=gl, constexpr_function=lambda function: function)
+        gluon = names(jit=self._jit, language=gl, constexpr_function=lambda function: function)
         self._modules = {
             "triton.experimental": names(gluon=gluon),
             "triton.experimental.gluon": gluon,
@@ -991,6 +1010,9 @@ class Emulator:
 
     def _of_program(self, name):
         return lambda *args, **kwargs: getattr(self.program, name)(*args, **kwargs)
+
+    def _jit(self, function=None, **_):
+        return functools.partial(Kernel, self) if function is None else Kernel(self, function)
 
     def load(self, path: pathlib.Path | str) -> types.ModuleType:
         """The module of a file, executed with the emulated Gluon; modules of ours that use Gluon are loaded alike."""

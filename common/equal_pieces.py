@@ -1,0 +1,113 @@
+"""Equal pieces: all keys of a batch, cut into one piece a program, whatever the lengths of the sequences.
+
+Keys count in blocks of BLOCK_N. An item is one tile of rows of one KV head of one sequence: items lie one after the
+other, sequence by sequence, head by head, each with the blocks of keys that its sequence has, at least one. A program
+has the blocks start..end of that line: the rest of one item, some whole items, the beginning of another. What it has
+of an item is a part; only the first and the last part of a piece can be less than the whole item.
+
+`keys` below is (seqlen_k, seqlens_k, starts, window_left, seqlen_q): pointers or None, None for no window.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from common.hardware import detect_gpu
+from common.problem import AttentionProblem
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def keys_in_reach(off_b, batch, keys, BLOCK_N: gl.constexpr):
+    """Of sequence off_b, or of a tensor of sequences: first key that some query sees, length, the same in blocks."""
+    seqlen_k, seqlens_k, starts, window_left, seqlen_q = keys
+    len_k = off_b * 0 + seqlen_k
+    first = off_b * 0
+    if seqlens_k is not None:
+        len_k = gl.minimum(gl.maximum(gl.load(seqlens_k + off_b, mask=off_b < batch, other=0), 0), seqlen_k)
+    if starts is not None:
+        first = gl.minimum(gl.maximum(gl.load(starts + off_b, mask=off_b < batch, other=0), 0), len_k)
+    if window_left is not None:
+        first = gl.maximum(first, len_k - seqlen_q - window_left)
+    lo = first // BLOCK_N
+    return first, len_k, lo, gl.maximum((len_k + BLOCK_N - 1) // BLOCK_N, lo + 1)
+
+
+@gluon.jit
+def piece(batch, items, keys, BLOCK_N: gl.constexpr, BATCH: gl.constexpr):
+    """(start, end, total, off_b, base): this program's blocks, all blocks; the sequence that start is in, its begin.
+
+    items: of a sequence. BATCH: `batch` filled up to a power of two, as are the threads that look for the sequence.
+    Sequences that are all as long have off_b and base 0: item_at computes where they are.
+    """
+    off_b = batch * 0
+    base = batch * 0
+    if keys[1] is None and keys[2] is None:
+        _, _, lo, hi = keys_in_reach(off_b, batch, keys, BLOCK_N)
+        total = (hi - lo) * items * batch
+    else:
+        offs_b = gl.arange(0, BATCH, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+        _, _, lo, hi = keys_in_reach(offs_b, batch, keys, BLOCK_N)
+        ends = gl.associative_scan(gl.where(offs_b < batch, (hi - lo) * items, 0), 0, _add)
+        total = gl.max(ends, 0)
+    programs = gl.minimum(gl.num_programs(0), total)
+    start = total * gl.minimum(gl.program_id(0), programs) // programs
+    end = total * gl.minimum(gl.program_id(0) + 1, programs) // programs
+    if keys[1] is not None or keys[2] is not None:
+        off_b = gl.sum(gl.where(ends <= start, 1, 0), 0)
+        base = gl.max(gl.where(ends <= start, ends, 0), 0)
+    return start, end, total, off_b, base
+
+
+@gluon.jit
+def item_at(start, off_b, base, total, batch, items, keys, BLOCK_N: gl.constexpr):
+    """Of the item that block `start` of the line is in: sequence, number in it, begin and end on the line.
+
+    Where all programs have whole items alone, and as many, the heads of a sequence are dealt out one by one: programs
+    beside each other read the same keys of different heads, which lie beside each other in memory, at the same time.
+    """
+    _, _, lo, hi = keys_in_reach(off_b, batch, keys, BLOCK_N)
+    item = (start - base) // (hi - lo)
+    begin = base + item * (hi - lo)
+    if keys[1] is None and keys[2] is None:
+        programs = gl.minimum(gl.num_programs(0), total)
+        each = batch * items // programs
+        if each * programs == batch * items:
+            item = item % each * programs + item // each
+        off_b = item // items
+        item = item % items
+    return off_b, item, begin, begin + (hi - lo)
+
+
+@gluon.jit
+def next_sequence(start, off_b, base, end_of_item, item, items, keys):
+    """off_b and base for the block after those that end at `start`."""
+    if keys[1] is not None or keys[2] is not None:
+        if (start == end_of_item) & (item == items - 1):
+            base = start
+            off_b += 1
+    return off_b, base
+
+
+@gluon.jit
+def sharers(begin, end, total):
+    """(first, last, slot) of the programs that have a part of the item with blocks begin..end of the line.
+
+    Parts are kept two a program: number 2 * program for the first part of a piece, + 1 for its last. slot is that of
+    the first sharer; for all others the item is where their piece begins.
+    """
+    programs = gl.minimum(gl.num_programs(0), total)
+    first = ((begin + 1) * programs - 1) // total
+    slot = 2 * first + gl.where(total * first // programs < begin, 1, 0)
+    return first, (end * programs - 1) // total, slot
+
+
+def pieces_for(problem: AttentionProblem) -> int:
+    """Programs to deal to: one an SM, and as many on each of the eight GPCs of a Hopper GPU, which share bandwidth.
+
+    An H200 has 16 SMs on six of them and 18 on two; the SMs of a fuller one read more slowly, and would end last.
+    """
+    return max(1, detect_gpu(problem.q.device).sm_count // 8 * 8)
