@@ -21,6 +21,25 @@ def _add(a, b):
 
 
 @gluon.jit
+def _begin(program, total):
+    """Where a program's piece begins: each has total // programs blocks, the first total % programs one more."""
+    programs = gl.num_programs(0)
+    return total // programs * program + gl.minimum(program, total % programs)
+
+
+@gluon.jit
+def _owner(block, total):
+    """The program whose piece has this block of the line. (A product of two totals would not fit in 32 bits.)"""
+    programs = gl.num_programs(0)
+    each = total // programs
+    longer = total % programs
+    in_longer = block // (each + 1)
+    if in_longer >= longer:
+        in_longer = longer + (block - longer * (each + 1)) // each
+    return in_longer
+
+
+@gluon.jit
 def keys_in_reach(off_b, batch, keys, BLOCK_N: gl.constexpr):
     """Of sequence off_b, or of a tensor of sequences: first key that some query sees, length, the same in blocks."""
     seqlen_k, seqlens_k, starts, window_left, seqlen_q = keys
@@ -53,9 +72,8 @@ def piece(batch, items, keys, BLOCK_N: gl.constexpr, BATCH: gl.constexpr):
         _, _, lo, hi = keys_in_reach(offs_b, batch, keys, BLOCK_N)
         ends = gl.associative_scan(gl.where(offs_b < batch, (hi - lo) * items, 0), 0, _add)
         total = gl.max(ends, 0)
-    programs = gl.minimum(gl.num_programs(0), total)
-    start = total * gl.minimum(gl.program_id(0), programs) // programs
-    end = total * gl.minimum(gl.program_id(0) + 1, programs) // programs
+    start = _begin(gl.program_id(0), total)
+    end = _begin(gl.program_id(0) + 1, total)
     if keys[1] is not None or keys[2] is not None:
         off_b = gl.sum(gl.where(ends <= start, 1, 0), 0)
         base = gl.max(gl.where(ends <= start, ends, 0), 0)
@@ -99,10 +117,8 @@ def sharers(begin, end, total):
     Parts are kept two a program: number 2 * program for the first part of a piece, + 1 for its last. slot is that of
     the first sharer; for all others the item is where their piece begins.
     """
-    programs = gl.minimum(gl.num_programs(0), total)
-    first = ((begin + 1) * programs - 1) // total
-    slot = 2 * first + gl.where(total * first // programs < begin, 1, 0)
-    return first, (end * programs - 1) // total, slot
+    first = _owner(begin, total)
+    return first, _owner(end - 1, total), 2 * first + gl.where(_begin(first, total) < begin, 1, 0)
 
 
 def pieces_for(problem: AttentionProblem) -> int:

@@ -103,6 +103,15 @@ def masked(qk, offs_m, start_n, sizes):
     return gl.where(visible, qk, -float("inf"))
 
 
+@gluon.jit
+def zero_rows(block, lo, hi):
+    """Leave rows lo..hi (hi excluded) of a 16-bit block in shared memory as they are; zeros before and after."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    offs = gl.expand_dims(gl.arange(0, block.shape[0], layout=gl.SliceLayout(1, LAYOUT)), 1)
+    values = block.load(LAYOUT)
+    block.store(gl.where((offs >= lo) & (offs < hi), values, gl.zeros_like(values)))
+
+
 def descriptor(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
     """A TMA descriptor of x [B, H, S, D] for blocks of `rows` rows of one head, D padded to `width` with zeros.
 
@@ -193,15 +202,21 @@ def declines_fp8_on_hopper(
 
 def refuse_on_hopper(problem: AttentionProblem, beyond: str | None = None, fp8: bool = False):
     """ValueError where the Gluon versions do not serve a problem (`beyond`: a version's own reason), or off Hopper."""
-    p, gpu = problem, detect_gpu(problem.q.device)
+    p = problem
     bounded = p.window_left is not None or p.window_right is not None
     reason = beyond or (None if fp8 or p.dtype.itemsize == 2 else "takes 16-bit tensors")
     reason = reason or _declines(p.head_dim, bounded, p.seqlen_q, p.seqlen_k, p.seqlens_q, p.seqlens_k)
     reason = reason or why_no_tma(*(() if fp8 else (p.q, p.k, p.v)), p.out)
+    refuse(problem, reason, "prefill.flash_attention")
+
+
+def refuse(problem: AttentionProblem, reason: str | None, entry: str):
+    """ValueError, pointing to the function that would choose a version, where there is a reason, or off Hopper."""
+    gpu = detect_gpu(problem.q.device)
     if gpu.capability != (9, 0):
         reason = f"needs compute capability 9.0, this is {gpu.name}"
     if reason:
-        raise ValueError(f"this version {reason}; prefill.flash_attention takes the newest that serves the call")
+        raise ValueError(f"this version {reason}; {entry} takes the newest that serves the call")
 
 
 def _declines(head_dim, bounded, seqlen_q, seqlen_k, seqlens_q, seqlens_k) -> str | None:

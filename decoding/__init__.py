@@ -67,8 +67,9 @@ def flash_decoding(
         return chosen.call(q, k, v, **arguments)
     gpu = detect_gpu()
     here = [found for found in reversed(versions_of("decoding")) if found.why_not(gpu) is None]
-    # where nobody serves the call, the newest says which argument is wrong
-    chosen = next((found for found in here if found.why_not_call(q, k, v, **arguments) is None), here[0])
+    serving = (found for found in here if found.why_not_call(q, k, v, **arguments) is None)
+    # where nobody serves the call, the newest that has its arguments says which one is wrong
+    chosen = next(serving, None) or next((found for found in here if found.lacks(**arguments) is None), here[0])
     return chosen.call(q, k, v, **arguments)
 
 

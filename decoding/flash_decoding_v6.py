@@ -18,13 +18,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from common.equal_pieces import item_at, keys_in_reach, next_sequence, piece, pieces_for, sharers
 from common.exponent import LN_2, LOG2_E
-from common.hopper import allocate_ring, descriptor, fill, release, wait_full, why_no_tma
+from common.hopper import allocate_ring, descriptor, fill, refuse, release, wait_full, why_no_tma, zero_rows
 from common.launch import Tiles, block_d, cdiv, launch, tuned_tiles
 from common.lineage import Requires, Version
+from common.parts import is_last, merge_parts, store_part
 from common.problem import AttentionProblem
 from common.tickets import tickets
-
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in Triton 3.7
 
 
 @gluon.jit
@@ -42,15 +41,6 @@ def producer(k_desc, v_desc, k_ring, v_ring, work, batch, items, row_blocks, key
             i += 1
         start = stop
         off_b, base = next_sequence(start, off_b, base, finish, item, items, keys)
-
-
-@gluon.jit
-def zero_rows(block, lo, hi):
-    """Leave rows lo..hi of a block in shared memory; zeros before and after."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    offs = gl.expand_dims(gl.arange(0, block.shape[0], layout=gl.SliceLayout(1, LAYOUT)), 1)
-    values = block.load(LAYOUT)
-    block.store(gl.where((offs >= lo) & (offs < hi), values, gl.zeros_like(values)))
 
 
 @gluon.jit
@@ -106,35 +96,6 @@ def row_offsets(
 
 
 @gluon.jit
-def merge_parts(Parts, PartLSE, first, last, slot, WIDTH: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr):
-    """O^T [WIDTH, N] and LSE [N], base 2, of an item, from the parts that programs first..last have written."""
-    AT_ONCE: gl.constexpr = min(16, max(1, 19200 // (WIDTH * N) - 2))  # loads under way together, in 150 registers
-    offs_r = gl.arange(0, N, layout=gl.SliceLayout(0, LAYOUT))
-    tile = gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(1, LAYOUT)), 1) * N + gl.expand_dims(offs_r, 0)
-    m_i = gl.full([N], -float("inf"), gl.float32, gl.SliceLayout(0, LAYOUT))
-    l_i = gl.zeros([N], gl.float32, gl.SliceLayout(0, LAYOUT))
-    acc = gl.zeros([WIDTH, N], gl.float32, LAYOUT)
-    for start in range(first, last + 1, AT_ONCE):
-        lses, outs, m_new = (), (), m_i
-        for j in gl.static_range(AT_ONCE):
-            program = gl.minimum(start + j, last)
-            part = gl.where(program == first, slot, 2 * program)
-            lse = gl.load(PartLSE + (part * N + offs_r))
-            lses += (lse + gl.where(start + j <= last, 0.0, -float("inf")),)
-            outs += (gl.load(Parts + (part * (WIDTH * N) + tile)),)
-        for j in gl.static_range(AT_ONCE):
-            m_new = gl.maximum(m_new, lses[j])
-        m_safe = gl.where(m_new == -float("inf"), 0.0, m_new)  # no part has a key so far
-        alpha = gl.exp2(m_i - m_safe)
-        acc, l_i, m_i = acc * gl.expand_dims(alpha, 0), l_i * alpha, m_new
-        for j in gl.static_range(AT_ONCE):
-            weight = gl.exp2(lses[j] - m_safe)
-            l_i += weight
-            acc += outs[j] * gl.expand_dims(weight, 0)
-    return acc * gl.expand_dims(gl.where(l_i == 0.0, 0.0, 1.0 / l_i), 0), m_i + gl.log2(l_i)
-
-
-@gluon.jit
 def consumer(
     args, k_ring, v_ring, work, batch, items, row_blocks, keys, HEAD_DIM: gl.constexpr, N: gl.constexpr,
     STAGES: gl.constexpr,
@@ -147,7 +108,6 @@ def consumer(
     WIDTH: gl.constexpr = k_ring[0].shape[4]
     dtype: gl.constexpr = Q.dtype.element_ty
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])  # of S^T and O^T
-    PartLSE = Parts + gl.num_programs(0) * (2 * WIDTH * N)
     q_smem = gl.allocate_shared_memory(dtype, [N, WIDTH], gl.NVMMASharedLayout.get_default_for([N, WIDTH], dtype))
     p_smem = gl.allocate_shared_memory(dtype, [N, BLOCK_N], gl.NVMMASharedLayout.get_default_for([N, BLOCK_N], dtype))
     offs_r = gl.arange(0, N, layout=gl.SliceLayout(0, LAYOUT))
@@ -167,8 +127,8 @@ def consumer(
         acc = gl.zeros([WIDTH, N], gl.float32, LAYOUT)
         for j in range(start, stop):
             acc, m_i, l_i = step(
-                i + j - start, (lo + j - begin) * BLOCK_N, q_smem, p_smem, acc, m_i, l_i, first, len_k, last_key, k_ring,
-                v_ring, scale_log2, keys, STAGES,
+                i + j - start, (lo + j - begin) * BLOCK_N, q_smem, p_smem, acc, m_i, l_i, first, len_k, last_key,
+                k_ring, v_ring, scale_log2, keys, STAGES,
             )  # fmt: skip
         l_i = gl.sum(l_i, 0)
         out = acc * gl.expand_dims(gl.where(l_i == 0.0, 0.0, 1.0 / l_i), 0)
@@ -176,16 +136,11 @@ def consumer(
         i += stop - start
         whole = stop - start == finish - begin
         if not whole:
-            tile = gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(1, LAYOUT)), 1) * N
-            gl.store(Parts + (part * (WIDTH * N) + tile + gl.expand_dims(offs_r, 0)), out)
-            gl.store(PartLSE + (part * N + offs_r), lse)
-            barrier()  # every warp has stored its share before the ticket is drawn, which publishes them all
-            ticket = gl.atomic_add(Tickets + (b * items + item), 1, sem="acq_rel")
+            store_part(Parts, part, out, lse)
             p_first, p_last, slot = sharers(begin, finish, total)
-            whole = ticket == p_last - p_first
+            whole = is_last(Tickets + (b * items + item), p_last - p_first + 1)
             if whole:
-                gl.store(Tickets + (b * items + item), 0)  # for the next call
-                out, lse = merge_parts(Parts, PartLSE, p_first, p_last, slot, WIDTH, N, LAYOUT)
+                out, lse = merge_parts(Parts, p_first, p_last, slot, WIDTH, N, LAYOUT)
         if whole:
             offsets, mask = row_offsets(stride_o, b, first_head, start_m, rows, seqlen_q, HEAD_DIM, WIDTH, N)
             out16 = gl.permute(out.to(dtype), (1, 0))
@@ -237,10 +192,12 @@ def rows_of_a_tile(problem: AttentionProblem) -> int:
     return min(most, max(8, 1 << (problem.group * problem.seqlen_q - 1).bit_length()))
 
 
-def declines(q, k, v, *, num_splits=None, seqlens_k=None, starts=None, **_):
+def declines(q, k, v, *, num_splits=None, **_):
     """What this version does not serve of a call's arguments: one line, or None."""
-    if q.dtype.itemsize != 2 or k.dtype != q.dtype:
-        return "takes 16-bit tensors"
+    if any(getattr(x, "ndim", 0) != 4 for x in (q, k, v)):
+        return "takes q, k and v of four dimensions"
+    if q.dtype.itemsize != 2:
+        return f"takes q, k and v of 16 bits, not {q.dtype}"
     if num_splits is not None:
         return "takes no num_splits: its pieces are equal"
     if q.shape[-1] % 8:
@@ -253,26 +210,28 @@ def call_flash_decoding_v6(
     starts=None,
 ):  # fmt: skip
     """Attention of up to 16 queries a sequence, q [B, Hq, Sq, D], k, v [B, Hkv, Sk, D]: see decoding.flash_decoding."""
-    problem = AttentionProblem.decoding(
+    p = problem = AttentionProblem.decoding(
         q, k, v, scale=scale, seqlens_k=seqlens_k, num_splits=num_splits, return_lse=return_lse, out=out,
         most_queries=VERSION.most_queries, window=window, starts=starts,
     )  # fmt: skip
-    p, (n, block_n, num_warps, stages) = problem, tiles or tiles_for(problem)
+    refuse(p, declines(p.q, p.k, p.v, num_splits=num_splits), "decoding.flash_decoding")
+    n, block_n, num_warps, stages = tiles or tiles_for(problem)
     width, row_blocks, programs = max(64, block_d(p)), cdiv(p.group * p.seqlen_q, n), pieces_for(p)
     parts = torch.empty(2 * programs * n * (width + 1), dtype=torch.float32, device=p.q.device)
     launch(
-        split_kernel, (programs,), p.q.device, p.q, descriptor(p.k, block_n, width), descriptor(p.v, block_n, width),
-        p.out, p.lse, parts, tickets(p.batch * p.heads_kv * row_blocks, p.q.device), p.seqlens_k, p.starts, p.q.stride(),
-        p.out.stride(), p.batch, p.heads_q, p.heads_kv, p.seqlen_q, p.seqlen_k, row_blocks, p.scale * LOG2_E.value,
-        p.window_left, HEAD_DIM=p.head_dim, N=n, STAGES=stages, BATCH=max(128, 1 << (p.batch - 1).bit_length()),
-        num_warps=num_warps,
+        split_kernel, (programs,), p.q.device,
+        p.q, descriptor(p.k, block_n, width), descriptor(p.v, block_n, width), p.out, p.lse,
+        parts, tickets(p.batch * p.heads_kv * row_blocks, p.q.device), p.seqlens_k, p.starts,
+        p.q.stride(), p.out.stride(), p.batch, p.heads_q, p.heads_kv, p.seqlen_q, p.seqlen_k, row_blocks,
+        p.scale * LOG2_E.value, p.window_left,
+        HEAD_DIM=p.head_dim, N=n, STAGES=stages, BATCH=max(128, 1 << (p.batch - 1).bit_length()), num_warps=num_warps,
     )  # fmt: skip
     return problem.result()
 
 
 VERSION = Version(
     family="decoding", number=6, title="the keys are the rows",
-    idea="S^T = K Q^T and O^T = V^T P^T on WGMMA, K and V from where TMA put them; an equal piece of the batch a program.",
+    idea="S^T = K Q^T and O^T = V^T P^T on WGMMA, K and V where TMA put them; equal pieces for all programs.",
     parent=4, requires=Requires(capability=(9, 0), exactly=True, amd=False, interpreter=False),
     call=call_flash_decoding_v6, kernels=(split_kernel,), tiles=tiles_for, declines=declines, most_queries=16,
     takes=("window", "starts"),
