@@ -6,10 +6,11 @@ gl, tma, mbarrier and warpgroup_mma, so that its own `call` launches its own ker
     emulator = Emulator(seed=3)
     out = emulator.load(path_of_version).VERSION.call(q, k, v)     # ProtocolError where the hardware would go wrong
 
-Programs run one after the other. Inside one, every partition of gl.warp_specialize is a thread, exactly one of them
-runs at a time, and a generator with the seed picks who is next at each operation on shared state: the same seed gives
-the same run. TMA copies are picked in the same way, so they land late and out of order; a product reads its operands at
-the wait that covers it; memory that nobody has written, or that a copy is writing, holds NaN.
+Programs run one after the other, in an order that the seed picks. Inside one, every partition of gl.warp_specialize is
+a thread, exactly one of them runs at a time, and a generator with the seed picks who is next at each operation on
+shared state: the same seed gives the same run. TMA copies are picked in the same way, so they land late and out of
+order; a product reads its operands at the wait that covers it; memory that nobody has written, or that a copy is
+writing, holds NaN.
 
 What must be ordered is checked as an order, not as what happened to come first in this run. Each partition knows the
 set of accesses that are finished as far as it can tell: its own, those its waits cover, and those that others knew of
@@ -88,6 +89,8 @@ class Int(int):
 
 
 def _quotient(a, b):
+    if b == 0:
+        raise ProtocolError(f"{a} divided by 0")
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
 
@@ -947,7 +950,9 @@ class Kernel:
         grid = tuple(grid(bound.arguments) if callable(grid) else grid) + (1,) * (3 - len(grid))
         values = [x if n in self.constexprs else _argument(x) for n, x in bound.arguments.items()]
         self.emulator.launches.append((self.__name__, grid))
-        for index in itertools.product(*map(range, reversed(grid))):
+        programs = list(itertools.product(*map(range, reversed(grid))))
+        random.Random(f"{self.emulator.seed} order").shuffle(programs)
+        for index in programs:
             self.emulator.run_program(self.fn, values, index[::-1], grid, num_warps)
 
     def is_gluon(self):

@@ -1,0 +1,297 @@
+"""Decoding's Gluon versions on emulated memory: right on every schedule that is tried, wrong with any piece left out.
+
+The like of test_gluon_protocol.py, which is prefill's, and of the contract that a GPU is needed for otherwise. What the
+emulator cannot see is whether programs that run side by side read each other's parts in time: H200 tests do.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from unittest import mock
+
+import pytest
+import torch
+from attention_checks import Case, assert_lse_close, guarded_memory, tensor_bytes
+from gluon_emulator import Emulator
+from gluon_mutants import HOPPER, NEEDED, mutants
+
+import common.equal_pieces
+import common.parts
+from common import tickets
+from common.hardware import KNOWN, pretend
+from common.lineage import versions_of
+from common.reference import attention_oracle
+
+CPU = torch.device("cpu")
+VERSIONS = [
+    version
+    for version in versions_of("decoding")
+    if any(hasattr(kernel, "is_gluon") and kernel.is_gluon() for kernel in version.kernels)
+]
+SMS = (132, 1, 8, 16)  # 128 programs, most of them with less than an item or nothing; one with all; some
+SEEDS = range(len(SMS))
+ROW_ERROR = {"fp16": 2e-3, "bf16": 1.6e-2}  # relative, of the worst row
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A decoding step: a case, and what a cache has beside its lengths."""
+
+    case: Case
+    starts: tuple | None = None
+    window: tuple | None = None
+
+    def first_and_end(self) -> list[tuple[int, int]]:
+        """Of each sequence the keys that some query sees."""
+        case = self.case
+        found = []
+        for b in range(case.batch):
+            end = case.seqlen_k if case.lengths_k is None else case.lengths_k[b]
+            first = 0 if self.starts is None else min(self.starts[b], end)
+            if self.window is not None:
+                first = max(first, end - case.seqlen_q - self.window[0])
+            found.append((min(first, end), end))
+        return found
+
+
+STEPS = {
+    "whole-items": Step(Case(4, 8, 4, 1, 300, 64)),  # 16 items: dealt out one by one to 1, 8 and 16 programs
+    "128-items": Step(Case(8, 16, 16, 1, 60, 64)),  # as many as programs
+    "gqa-odd-D128": Step(Case(3, 6, 2, 1, 515, 128)),
+    "mqa-D80": Step(Case(2, 5, 1, 1, 333, 80)),
+    "D256": Step(Case(2, 4, 2, 1, 190, 256)),
+    "D8": Step(Case(1, 3, 3, 1, 129, 8)),
+    "one-key": Step(Case(2, 2, 1, 1, 1, 64)),
+    "one-sequence-many-programs": Step(Case(1, 8, 1, 1, 4000, 64)),
+    "128-rows": Step(Case(1, 128, 1, 1, 300, 64)),
+    "128-rows-D128": Step(Case(1, 8, 1, 16, 200, 128, lengths_k=(170,))),
+    "80-rows-D256": Step(Case(2, 5, 1, 16, 140, 256, lengths_k=(140, 9))),
+    "2-queries": Step(Case(2, 4, 2, 2, 257, 64)),
+    "16-queries": Step(Case(2, 2, 2, 16, 150, 64, lengths_k=(150, 5))),  # rows that stand before the first key
+    "lengths-with-0": Step(Case(5, 4, 2, 1, 260, 64, lengths_k=(260, 0, 1, 128, 129))),
+    "no-keys-used": Step(Case(3, 2, 1, 1, 70, 64, lengths_k=(0, 0, 0))),
+    "ragged-D128": Step(Case(4, 4, 2, 3, 400, 128, lengths_k=(17, 400, 0, 399))),
+    "starts": Step(Case(4, 2, 1, 1, 300, 64), starts=(0, 299, 300, 130)),
+    "starts-and-lengths": Step(Case(4, 4, 2, 2, 300, 80, lengths_k=(300, 250, 33, 0)), starts=(10, 129, 33, 0)),
+    "window": Step(Case(2, 4, 2, 3, 400, 64), window=(70, 0)),
+    "window-of-none": Step(Case(2, 2, 1, 1, 130, 64), window=(0, 0)),
+    "window-lengths": Step(Case(3, 2, 1, 4, 400, 128, lengths_k=(400, 131, 2)), window=(128, 0)),
+    "everything": Step(Case(3, 6, 2, 5, 400, 64, lengths_k=(400, 290, 3)), starts=(380, 20, 1), window=(150, 0)),
+    "negative-scale": Step(Case(1, 2, 2, 1, 200, 64, scale=-0.7)),
+}  # fmt: skip
+
+
+@functools.cache
+def tensors(name: str, dtype: str):
+    """q, k, v with NaN wherever no query looks, and the oracle's output and LSE."""
+    step = STEPS[name]
+    q, k, v = step.case.tensors(dtype, CPU)
+    outs, lses = [], []
+    for b, (first, end) in enumerate(step.first_and_end()):
+        own = [x[b : b + 1, :, first:end] for x in (k, v)]
+        if first == end:
+            outs.append(torch.zeros(q[:1].shape, dtype=torch.float64))
+            lses.append(torch.full(q[:1, ..., 0].shape, -math.inf, dtype=torch.float64))
+        else:
+            options = dict(is_causal=True, window=step.window, scale=step.case.scale, return_lse=True)
+            out, lse = attention_oracle(q[b : b + 1], *own, **options)
+            outs.append(out), lses.append(lse)
+        k[b, :, :first] = v[b, :, :first] = k[b, :, end:] = v[b, :, end:] = math.nan
+    return q, k, v, torch.cat(outs), torch.cat(lses)
+
+
+def run(version, name: str, dtype: str, seed: int, edit=lambda path, source: source):
+    """One step on one schedule, compared with the oracle. An AssertionError, ProtocolErrors too, where it fails."""
+    step, (q, k, v, wanted, wanted_lse) = STEPS[name], tensors(name, dtype)
+    options = step.case.options(CPU) | ({} if step.window is None else {"window": step.window})
+    if step.starts is not None:
+        options["starts"] = torch.tensor(step.starts, dtype=torch.int32)
+    emulator = Emulator(seed, edit)
+    gpu = dataclasses.replace(KNOWN["sm_90"], sm_count=SMS[seed])
+    counters = {}
+    with (
+        mock.patch("common.problem.interpreting", lambda: True),
+        mock.patch.object(tickets, "_of_stream", counters),
+        pretend(gpu),
+        guarded_memory(),
+    ):
+        assert version.why_not_call(q, k, v, **options) is None
+        out, lse = emulator.load(version.path).VERSION.call(q, k, v, return_lse=True, **options)
+        if seed == 0:
+            alone = emulator.load(version.path).VERSION.call(q, k, v, **options)  # with the counters that are left
+            assert torch.equal(tensor_bytes(alone), tensor_bytes(out))
+    assert emulator.launches, "no Gluon kernel was launched"
+    assert not any(counter.any() for counter in counters.values()), "a counter is not back at zero"
+    assert torch.isfinite(out).all() and not out[wanted_lse == -math.inf].any()
+    error = (out.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-9)
+    worst = error[wanted_lse > -math.inf].max().item() if (wanted_lse > -math.inf).any() else 0.0
+    assert worst <= ROW_ERROR[dtype], f"relative error of a row {worst:.3g}"
+    assert_lse_close(lse, wanted_lse, dtype)
+
+
+@pytest.mark.parametrize("version", VERSIONS, ids=lambda version: version.name)
+@pytest.mark.parametrize("name", STEPS)
+def test_right_on_every_schedule(version, name):
+    """Pieces that are dealt twice or not at all, parts that are lost, deadlocks, races on the rings, wrong masks."""
+    for seed in SEEDS:
+        run(version, name, ("fp16", "bf16")[seed % 2], seed)
+
+
+# ---- kernels with a piece missing
+
+PIECES, PARTS = (pathlib.Path(module.__file__) for module in (common.equal_pieces, common.parts))
+MUTANT_RUNS = [
+    ("ragged-D128", 0), ("everything", 2), ("lengths-with-0", 1), ("gqa-odd-D128", 2), ("one-sequence-many-programs", 3)
+]  # fmt: skip
+REWRITES = {
+    "a ticket too few": ("== count - 1", "== count - 2"),
+    "the counter is not put back": ("gl.store(Ticket, 0)", "pass"),
+    "the first's part is taken from the wrong place": ("< begin, 1, 0)", "<= begin, 1, 0)"),
+    "the first's part is always its first": ("gl.where(program == first, slot, 2 * program)", "2 * program"),
+    "the last sharer is one too far": ("_owner(end - 1, total)", "_owner(end, total)"),
+    "items that end with a piece begin no sequence": ("base = start", "base = base"),
+    "the next sequence is never begun": ("off_b += 1", "off_b += 0"),
+    "every part goes to the first place": ("part = gl.program_id(0) * 2 + 1", "part = gl.program_id(0) * 2"),
+    "parts weigh the same": ("weight = gl.exp2(lses[j] - m_safe)", "weight = gl.exp2(lses[j] - lses[j])"),
+}
+# What a version could do without, and why it is there.
+HARMLESS = {
+    ("v6", "skip: without wait_full(ring, i, SLOTS)"): "one group of warps computes, and skips nothing",
+    ("v6", "skip: without release(ring, i, SLOTS)"): "one group of warps computes, and skips nothing",
+    ("v6", "full and empty swapped"): "both take one arrival, so that it is their names that are swapped",
+}
+
+
+def _all_mutants() -> list:
+    needed = (*NEEDED, "zero_rows", "store_part")
+    return [
+        pytest.param(version, path, name, changed, id=f"{version.name}-{name}")
+        for version in VERSIONS
+        for path in (version.path, HOPPER, PIECES, PARTS)
+        for name, changed in mutants(path, needed, REWRITES).items()
+    ]
+
+
+@pytest.mark.parametrize("version, path, name, changed", _all_mutants())
+def test_every_change_is_noticed(version, path, name, changed):
+    """Each wait, release, count, phase, part and ticket: without it some schedule must fail, and say so."""
+
+    def edit(file, source):
+        return changed if file == path else source
+
+    try:
+        for step, seed in MUTANT_RUNS:
+            run(version, step, "fp16", seed, edit)
+    except AssertionError:
+        assert (version.name, name) not in HARMLESS, "is noticed now: take it off the list of what is harmless"
+    else:
+        assert (version.name, name) in HARMLESS, f"nothing noticed that {version.name} ran with this change: {name}"
+
+
+# ---- common/equal_pieces.py by itself
+
+KERNEL = """
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from common.equal_pieces import item_at, keys_in_reach, next_sequence, piece, sharers
+
+
+@gluon.jit
+def deal(Dealt, Owner, Parts, seqlens_k, starts, batch, items, seqlen_k, seqlen_q, window_left, most,
+         BLOCK_N: gl.constexpr, BATCH: gl.constexpr):
+    keys = (seqlen_k, seqlens_k, starts, window_left, seqlen_q)
+    start, end, total, off_b, base = piece(batch, items, keys, BLOCK_N, BATCH)
+    part = 2 * gl.program_id(0)
+    while start < end:
+        b, item, begin, finish = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
+        stop = gl.minimum(finish, end)
+        for j in range(start, stop):
+            at = (b * items + item) * most + j - begin
+            gl.store(Dealt + at, gl.load(Dealt + at) + 1)
+            gl.store(Owner + at, gl.program_id(0))
+        if stop - start < finish - begin:
+            first, last, slot = sharers(begin, finish, total)
+            at = (gl.program_id(0) * 2 + part % 2) * 5
+            gl.store(Parts + at, b * items + item)
+            gl.store(Parts + at + 1, first)
+            gl.store(Parts + at + 2, last)
+            gl.store(Parts + at + 3, slot)
+            gl.store(Parts + at + 4, part)
+        part = 2 * gl.program_id(0) + 1
+        start = stop
+        off_b, base = next_sequence(start, off_b, base, finish, item, items, keys)
+
+
+@gluon.jit
+def bounds(Bounds, batch, items, seqlen_k, BLOCK_N: gl.constexpr):
+    start, end, total, _, _ = piece(batch, items, (seqlen_k, None, None, None, 1), BLOCK_N, 128)
+    gl.store(Bounds + gl.program_id(0) * 4, start)
+    gl.store(Bounds + gl.program_id(0) * 4 + 1, end)
+    first, last, _ = sharers(start, end, total)
+    gl.store(Bounds + gl.program_id(0) * 4 + 2, first)
+    gl.store(Bounds + gl.program_id(0) * 4 + 3, last)
+"""
+
+
+@pytest.fixture(scope="module")
+def dealers(tmp_path_factory):
+    path = tmp_path_factory.mktemp("dealers") / "dealers.py"
+    path.write_text(KERNEL)
+    return Emulator().load(path)
+
+
+# batch, items of a sequence, keys, queries, lengths, starts, window
+DEALS = {
+    "equal": (4, 4, 300, 1, None, None, None),
+    "as-many-as-programs": (4, 2, 64, 1, None, None, None),
+    "twice-as-many": (4, 4, 500, 1, None, None, None),
+    "one": (1, 1, 2000, 1, None, None, None),
+    "few-blocks": (1, 1, 100, 1, None, None, None),
+    "ragged": (5, 3, 900, 1, (900, 0, 1, 64, 65), None, None),
+    "all-empty": (3, 2, 900, 1, (0, 0, 0), None, None),
+    "starts": (4, 2, 640, 2, (640, 640, 100, 0), (639, 0, 100, 0), None),
+    "window": (2, 3, 1000, 4, None, None, 200),
+    "ragged-window": (3, 2, 1000, 4, (1000, 70, 640), (0, 66, 10), 130),
+}
+
+
+@pytest.mark.parametrize("programs", [1, 3, 8, 16, 128])
+@pytest.mark.parametrize("deal", DEALS)
+def test_every_block_is_dealt_once(dealers, deal, programs):
+    """In pieces that differ by a block at most; who shares an item agrees with who has a part of it, and where."""
+    batch, items, seqlen_k, seqlen_q, lengths, starts, window = DEALS[deal]
+    most = -(-seqlen_k // 64) + 1
+    dealt, owner = (torch.zeros(batch * items, most, dtype=torch.int32) for _ in range(2))
+    parts = torch.full((2 * programs, 5), -1, dtype=torch.int32)
+    of = [None if x is None else torch.tensor(x, dtype=torch.int32) for x in (lengths, starts)]
+    dealers.deal[(programs,)](dealt, owner, parts, *of, batch, items, seqlen_k, seqlen_q, window, most, 64, 128)
+    for b in range(batch):
+        end = seqlen_k if lengths is None else lengths[b]
+        first = 0 if starts is None else min(starts[b], end)
+        first = first if window is None else max(first, end - seqlen_q - window)
+        count = max(-(-end // 64) - first // 64, 1)
+        of_sequence = dealt[b * items : (b + 1) * items]
+        assert of_sequence[:, :count].eq(1).all() and not of_sequence[:, count:].any()
+    sizes = torch.bincount(owner[dealt > 0], minlength=programs)
+    assert sizes.max() - sizes.min() <= 1
+    shared = 0
+    for item in range(batch * items):
+        owners = owner[item][dealt[item] > 0].tolist()
+        assert owners == sorted(owners)
+        mine = parts[parts[:, 0] == item].tolist()
+        assert len(mine) == (len(set(owners)) if len(set(owners)) > 1 else 0)
+        shared += bool(mine)
+        for _, first, last, slot, part in mine:
+            assert (first, last) == (owners[0], owners[-1])
+            assert part == (slot if part // 2 == first else part // 2 * 2)
+    assert programs > 1 or shared == 0
+
+
+def test_as_many_blocks_as_a_batch_can_have(dealers):
+    """2^30 blocks, times 128 programs: beyond 32 bits, which the emulator refuses."""
+    bounds = torch.zeros(128, 4, dtype=torch.int32)
+    dealers.bounds[(128,)](bounds, 7, 9, 2**30 - 1, 64)
+    starts, ends, first, last = bounds.unbind(1)
+    assert starts[0] == 0 and ends[-1] == 7 * 9 * 2**24 and torch.equal(starts[1:], ends[:-1])
+    assert torch.equal(first, torch.arange(128).int()) and torch.equal(last, first)
