@@ -25,6 +25,8 @@ from common.parts import is_last, merge_parts, store_part
 from common.problem import AttentionProblem
 from common.tickets import tickets
 
+MOST_LENGTHS = 4096  # that all programs look through: more do not fit in their registers
+
 
 @gluon.jit
 def producer(k_desc, v_desc, k_ring, v_ring, work, batch, items, row_blocks, keys, STAGES: gl.constexpr):
@@ -192,7 +194,7 @@ def rows_of_a_tile(problem: AttentionProblem) -> int:
     return min(most, max(8, 1 << (problem.group * problem.seqlen_q - 1).bit_length()))
 
 
-def declines(q, k, v, *, num_splits=None, **_):
+def declines(q, k, v, *, num_splits=None, seqlens_k=None, starts=None, **_):
     """What this version does not serve of a call's arguments: one line, or None."""
     if any(getattr(x, "ndim", 0) != 4 for x in (q, k, v)):
         return "takes q, k and v of four dimensions"
@@ -202,6 +204,8 @@ def declines(q, k, v, *, num_splits=None, **_):
         return "takes no num_splits: its pieces are equal"
     if q.shape[-1] % 8:
         return f"takes head_dim in multiples of 8, not {q.shape[-1]}: TMA wants steps of 16 bytes"
+    if q.shape[0] > MOST_LENGTHS and (seqlens_k is not None or starts is not None):
+        return f"takes seqlens_k and starts of up to {MOST_LENGTHS} sequences, not {q.shape[0]}"
     return why_no_tma(k, v)
 
 
@@ -214,8 +218,10 @@ def call_flash_decoding_v6(
         q, k, v, scale=scale, seqlens_k=seqlens_k, num_splits=num_splits, return_lse=return_lse, out=out,
         most_queries=VERSION.most_queries, window=window, starts=starts,
     )  # fmt: skip
-    refuse(p, declines(p.q, p.k, p.v, num_splits=num_splits), "decoding.flash_decoding")
+    reason = declines(p.q, p.k, p.v, num_splits=num_splits, seqlens_k=seqlens_k, starts=starts)
+    refuse(problem, reason, "decoding.flash_decoding")
     n, block_n, num_warps, stages = tiles or tiles_for(problem)
+    lengths = 1 if seqlens_k is None and starts is None else p.batch
     width, row_blocks, programs = max(64, block_d(p)), cdiv(p.group * p.seqlen_q, n), pieces_for(p)
     parts = torch.empty(2 * programs * n * (width + 1), dtype=torch.float32, device=p.q.device)
     launch(
@@ -224,7 +230,7 @@ def call_flash_decoding_v6(
         parts, tickets(p.batch * p.heads_kv * row_blocks, p.q.device), p.seqlens_k, p.starts,
         p.q.stride(), p.out.stride(), p.batch, p.heads_q, p.heads_kv, p.seqlen_q, p.seqlen_k, row_blocks,
         p.scale * LOG2_E.value, p.window_left,
-        HEAD_DIM=p.head_dim, N=n, STAGES=stages, BATCH=max(128, 1 << (p.batch - 1).bit_length()), num_warps=num_warps,
+        HEAD_DIM=p.head_dim, N=n, STAGES=stages, BATCH=max(128, 1 << (lengths - 1).bit_length()), num_warps=num_warps,
     )  # fmt: skip
     return problem.result()
 

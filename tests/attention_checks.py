@@ -274,6 +274,12 @@ def small_tiles(version, block_m: int = 32, block_n: int = 32) -> Tiles | None:
     return Tiles(block_m if version.family == "prefill" else 1, block_n, 4, 2)
 
 
+def splits_for(version, number: int) -> int | None:
+    """num_splits for a call; None for versions that cut the keys in their own way."""
+    q = torch.empty(1, 1, 1, 64, dtype=torch.float16)
+    return None if version.declines(q, q, q, num_splits=number) else number
+
+
 def finest_dtype(version) -> str:
     """fp32, or fp16 for a version that takes 16 bits alone."""
     q = torch.empty(1, 1, 1, 64)

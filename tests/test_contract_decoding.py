@@ -1,5 +1,6 @@
 """The contract that every decoding version keeps. Each test names the class of bug that it guards against."""
 
+import dataclasses
 import math
 
 import pytest
@@ -14,10 +15,12 @@ from attention_checks import (
     assert_lse_close,
     call,
     check,
+    finest_dtype,
     huge,
     needs_gpu,
     skip_unless_served,
     small_tiles,
+    splits_for,
     storage_bytes,
     store,
     table,
@@ -26,6 +29,7 @@ from attention_checks import (
 
 import decoding
 from common.hardware import KNOWN, pretend
+from common.lineage import versions_of
 from common.merge import merge
 from common.reference import attention_oracle
 
@@ -74,7 +78,7 @@ GROUPS = {
 def test_groups(version, dtype, heads_q, heads_kv, seqlen_q, device):
     """Rows of one tile, or of several, that are mixed up; rows that fill a tile up and are none; lengths 0, 1, < Sq."""
     case = Case(4, heads_q, heads_kv, seqlen_q, seqlen_k=75, head_dim=32, lengths_k=(75, 0, 1, 40))
-    check(version, case, dtype, device, tiles=small_tiles(version), num_splits=3)
+    check(version, case, dtype, device, tiles=small_tiles(version), num_splits=splits_for(version, 3))
 
 
 @every_dtype
@@ -92,7 +96,7 @@ def test_nan_in_keys_that_a_query_does_not_see(version, num_splits, device):
     """The causal mask of several queries: the first does not see what came after it, even NaN."""
     case = Case(2, 4, 2, seqlen_q=3, seqlen_k=70, head_dim=32, lengths_k=(70, 35))
     q, k, v = case.tensors("fp16", device)
-    arguments = case.options(device) | {"num_splits": num_splits, "tiles": small_tiles(version)}
+    arguments = case.options(device) | {"num_splits": splits_for(version, num_splits), "tiles": small_tiles(version)}
     clean = call(version, q, k, v, **arguments)
     for b, length in enumerate(case.lengths_k):
         k[b, :, length - 1 :] = v[b, :, length:] = math.nan
@@ -123,14 +127,15 @@ def test_calls_leave_nothing_behind(version, device):
     cases = [Case(2, 4, 2, seqlen_k=75), Case(3, 2, 2, seqlen_k=40, head_dim=32), Case(2, 4, 2, seqlen_k=75)]
     for splits in (5, 2, 1):
         for case in cases:
-            check(version, case, "fp16", device, tiles=small_tiles(version), num_splits=splits)
+            check(version, case, "fp16", device, tiles=small_tiles(version), num_splits=splits_for(version, splits))
 
 
 @every_version
 @pytest.mark.parametrize("shards", [2, 3, 8])
 def test_shards_merge_into_the_whole(version, shards, device):
     """A cache held in several places: each attended alone, merged by common.merge, with one shard that has no keys."""
-    q, k, v = Case(2, 4, 2, seqlen_k=150, head_dim=32).tensors("fp32", device)
+    dtype = finest_dtype(version)
+    q, k, v = Case(2, 4, 2, seqlen_k=150, head_dim=32).tensors(dtype, device)
     cuts = [0, *range(20, 150, 130 // shards)][:shards] + [150]
     cuts[1] = cuts[0]
     parts = [
@@ -139,7 +144,7 @@ def test_shards_merge_into_the_whole(version, shards, device):
     ]
     outs, lses = (torch.stack(part) for part in zip(*parts, strict=True))
     out, lse = merge(outs, lses)
-    assert_close(out, q, k, v, "fp32", limit=FINEST["fp32"], lse=lse)
+    assert_close(out, q, k, v, dtype, limit=FINEST[dtype], lse=lse)
 
 
 TIGHT = {
@@ -153,7 +158,8 @@ TIGHT = {
 @table("case", TIGHT)
 def test_touches_its_own_memory_alone(version, case, device, own_memory_alone):
     """Loads past the end of a tensor: invisible until nothing lies there."""
-    check(version, vary(case, layout="bhsd"), "fp16", device, tiles=small_tiles(version), num_splits=3)
+    options = {"tiles": small_tiles(version), "num_splits": splits_for(version, 3)}
+    check(version, vary(case, layout="bhsd"), "fp16", device, **options)
 
 
 LAYOUTS = {
@@ -174,7 +180,7 @@ LAYOUTS = {
 def test_layouts(version, layout, device):
     """Strides assumed or exchanged, stride 0, pointers that are not aligned, reads between and beside the rows."""
     case = Case(2, 2, 2, seqlen_k=75, head_dim=40, layout=layout)
-    check(version, case, "bf16", device, tiles=small_tiles(version), num_splits=2)
+    check(version, case, "bf16", device, tiles=small_tiles(version), num_splits=splits_for(version, 2))
 
 
 @every_version
@@ -182,7 +188,7 @@ def test_nan_past_the_lengths(version, device):
     """0 * NaN: the unused part of a cache holds anything, and must not be seen."""
     case = Case(2, 2, 1, seqlen_k=130, head_dim=32, lengths_k=(40, 97))
     q, k, v = case.tensors("fp16", device)
-    arguments = case.options(device) | {"num_splits": 3, "tiles": small_tiles(version)}
+    arguments = case.options(device) | {"num_splits": splits_for(version, 3), "tiles": small_tiles(version)}
     clean = call(version, q, k, v, **arguments)
     for b, length in enumerate(case.lengths_k):
         k[b, :, length:] = v[b, :, length:] = math.nan
@@ -205,7 +211,7 @@ def test_large_logits(version, dtype, logits, device):
     q, k, v = Case(1, 2, 1, seqlen_k=130, head_dim=32).tensors(dtype, device)
     q[..., 0] = 64.0  # the logit of key n is logits(n), exact in every dtype, plus N(0, 31)
     k[..., 0] = (logits(torch.arange(130.0, device=device)) / 64.0).to(k.dtype)
-    arguments = {"scale": 1.0, "return_lse": True, "num_splits": 2, "tiles": small_tiles(version)}
+    arguments = {"scale": 1.0, "return_lse": True, "num_splits": splits_for(version, 2), "tiles": small_tiles(version)}
     out, lse = call(version, q, k, v, **arguments)
     # logits of thousands carry float32's rounding, up to 2^-12, into the weights
     assert_close(out, q, k, v, dtype, limit={"fp32": 1e-3, "fp16": 2e-3, "bf16": 1e-2}[dtype], lse=lse, scale=1.0)
@@ -216,7 +222,8 @@ def test_large_logits(version, dtype, logits, device):
 def test_scale(version, scale, device):
     """A scale that is 0, negative, or 0 in float32."""
     case = Case(2, 2, 2, seqlen_k=70, head_dim=32, scale=scale, lengths_k=(70, 0))
-    check(version, case, "fp32", device, tiles=small_tiles(version), num_splits=2)
+    options = {"tiles": small_tiles(version), "num_splits": splits_for(version, 2)}
+    check(version, case, finest_dtype(version), device, **options)
 
 
 ZERO_SIZE = {
@@ -241,9 +248,9 @@ def test_zero_size(version, num_splits, case, device):
 def test_the_same_call_gives_the_same_bits(version, case, device):
     """A merge that starts before all parts are there, or takes them in the order in which they came."""
     q, k, v = case.tensors("fp16", device)
-    first = call(version, q, k, v, return_lse=True, num_splits=60)
-    for _ in range(300):
-        again = version.call(q, k, v, return_lse=True, num_splits=60)
+    first = call(version, q, k, v, return_lse=True, num_splits=splits_for(version, 60))
+    for _ in range(1000):
+        again = version.call(q, k, v, return_lse=True, num_splits=splits_for(version, 60))
         assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
@@ -254,12 +261,12 @@ def test_replays_with_other_lengths(version, device):
     case = Case(2, 8, 2, seqlen_k=1000, head_dim=64)
     q, k, v = case.tensors("fp16", device)
     lengths = torch.tensor([1000, 1000], dtype=torch.int32, device=device)
-    version.call(q, k, v, seqlens_k=lengths, num_splits=9)
+    version.call(q, k, v, seqlens_k=lengths, num_splits=splits_for(version, 9))
     graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
     outs = []
     for graph in graphs:
         with torch.cuda.graph(graph):
-            outs.append(version.call(q, k, v, seqlens_k=lengths, num_splits=9))
+            outs.append(version.call(q, k, v, seqlens_k=lengths, num_splits=splits_for(version, 9)))
     streams = [torch.cuda.Stream() for _ in graphs]
     for given in ((1000, 1), (0, 999), (17, 512)):
         lengths.copy_(torch.tensor(given, dtype=torch.int32))
@@ -275,9 +282,10 @@ def test_replays_with_other_lengths(version, device):
 
 @every_dtype
 @pytest.mark.parametrize("layout", ["padded", "sliced", "bhsd"])
-def test_out(version, dtype, layout, device):
+@pytest.mark.parametrize("head_dim", [59, 56])
+def test_out(version, dtype, layout, head_dim, device):
     """A preallocated output is filled whole, returned itself, and nothing beside it is written."""
-    case = Case(3, 4, 2, seqlen_k=70, head_dim=59, lengths_k=(70, 0, 1), layout=layout)
+    case = Case(3, 4, 2, seqlen_k=70, head_dim=head_dim, lengths_k=(70, 0, 1), layout=layout)
     q, k, v = case.tensors(dtype, device)
     options = case.options(device)
     given = store(torch.full_like(q, math.nan), layout)
@@ -306,8 +314,8 @@ def test_grid_axes(version, launches):
     cache = torch.empty(700, 100, 300, 16, dtype=torch.float16, device="meta")
     with pretend(KNOWN["sm_90"]):
         skip_unless_served(version, q, cache, cache)
-        version.call(q, cache, cache, return_lse=True, num_splits=4)
-        version.call(q[:1, :1], cache[:1, :1], cache[:1, :1], num_splits=65535)
+        version.call(q, cache, cache, return_lse=True, num_splits=splits_for(version, 4))
+        version.call(q[:1, :1], cache[:1, :1], cache[:1, :1], num_splits=splits_for(version, 65535))
     assert launches and all(max(grid[1:], default=1) <= 65535 for grid in launches), launches
 
 
@@ -337,11 +345,58 @@ def test_offsets_beyond_int32(version, which, strides, device, in_place):
     if which != "out":
         far.copy_(tensors[which])
         tensors[which] = far
-    out = call(version, **tensors, num_splits=2, **({"out": far} if which == "out" else {}))
+    out = call(version, **tensors, num_splits=splits_for(version, 2), **({"out": far} if which == "out" else {}))
     assert_close(out, **tensors, dtype="fp16")
 
 
+@needs_gpu
+@every_version
+def test_128k_keys(version, device):
+    """The length that a model is trained for, and other lengths beside it, in one batch."""
+    case = Case(3, 8, 2, seqlen_k=131072, head_dim=128, lengths_k=(131072, 1, 131071), layout="bshd")
+    check(version, case, "fp16", device, limit=FINEST["fp16"])
+
+
 # ---- the entry point
+
+
+PLAIN = Case(2, 4, 2, seqlen_k=48, head_dim=64)
+CHOSEN = {  # for a case and further arguments on an H200: whether v6 is
+    "plain": (PLAIN, {}, True),
+    "bf16": (PLAIN, {"dtype": "bf16"}, True),
+    "16-queries": (vary(PLAIN, seqlen_q=16), {"return_lse": True}, True),
+    "D8": (vary(PLAIN, head_dim=8), {}, True),
+    "ragged": (PLAIN, {"seqlens_k": [2], "starts": [2], "window": (9, 0)}, True),
+    "fp32": (PLAIN, {"dtype": "fp32"}, False),
+    "splits": (PLAIN, {"num_splits": 3}, False),
+    "deterministic": (PLAIN, {"deterministic": True}, False),
+    "D59": (vary(PLAIN, head_dim=59), {}, False),
+    "no-strides-for-TMA": (vary(PLAIN, layout="sliced"), {}, False),
+    "no-keys": (vary(PLAIN, seqlen_k=0), {}, False),
+    "pages": (PLAIN, {"seqlens_k": [2], "block_table": [2, 4]}, False),
+    "new-keys": (PLAIN, {"k_new": (2, 2, 1, 64), "v_new": (2, 2, 1, 64)}, False),
+    "many-lengths": (vary(PLAIN, batch=5000, seqlen_k=1), {"seqlens_k": [5000]}, False),
+}
+
+
+@table("case, arguments, v6", CHOSEN)
+def test_the_newest_that_serves_the_call(case, arguments, v6, monkeypatch):
+    """v6 for what it serves; what it declines, a version before it gets."""
+    upto = [version for version in versions_of("decoding") if version.number <= 6]
+    named = tuple(dataclasses.replace(v, call=lambda *args, name=v.name, **kwargs: name) for v in upto)
+    monkeypatch.setattr(decoding, "versions_of", lambda family: named)
+    arguments = dict(arguments)
+    tensors = case.tensors(arguments.pop("dtype", "fp16"), torch.device("cpu"))
+    tensors = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in tensors]
+    for name, shape in arguments.items():
+        if isinstance(shape, list):
+            arguments[name] = torch.empty(shape, dtype=torch.int32, device="meta")
+        elif name.endswith("_new"):
+            arguments[name] = torch.empty(shape, dtype=torch.float16, device="meta")
+    with pretend(KNOWN["sm_90"]):
+        assert (decoding.flash_decoding(*tensors, **arguments) == "v6") == v6
+    with pretend(KNOWN["sm_80"]):
+        assert decoding.flash_decoding(*tensors, **arguments) != "v6"
 
 
 def test_entry_point(device):

@@ -389,6 +389,49 @@ def test_entry_points_refuse_like_versions(entry, device):
             entry(**wrong(arguments_of(case, device)))
 
 
+NOT_FOR_V6 = {
+    "fp32": (lambda a: {n: x.float() for n, x in a.items()}, "takes q, k and v of 16 bits, not torch.float32"),
+    "D7": (lambda a: {n: x[..., :7] for n, x in a.items()}, "takes head_dim in multiples of 8, not 7: TMA wants"),
+    "splits": (add(num_splits=2), "takes no num_splits"),
+    "strides": (change("v", lambda v: v[:, :1].expand(v.shape)), r"needs tensors that .* \(TMA\), not strides"),
+    "odd-rows": (
+        lambda a: {n: torch.empty(*x.shape[:3], 20, dtype=x.dtype, device=x.device)[..., :16] for n, x in a.items()},
+        r"needs tensors that .* \(TMA\), not strides \[280, 140, 20, 1\]",
+    ),
+    "no-keys": (
+        lambda a: a | {"k": a["k"][:, :, :0], "v": a["v"][:, :, :0]},
+        r"has no TMA descriptor for an empty tensor, \[2, 2, 0, 16\]",
+    ),
+    "lengths": (
+        lambda a: {n: x[:1].expand(5000, -1, -1, -1).contiguous() for n, x in a.items()}
+        | {"starts": torch.empty(5000, dtype=torch.int32, device="meta")},
+        "takes seqlens_k and starts of up to 4096 sequences, not 5000",
+    ),
+}  # fmt: skip
+
+
+@table("wrong, message", NOT_FOR_V6)
+def test_a_version_for_hopper_refuses(wrong, message, launches):
+    """Decoding v6, called itself, says which argument it does not take, and who does; the entry point takes another."""
+    arguments, version = wrong(arguments_of(DECODING, "meta")), find_version("decoding", "v6")
+    with pretend(KNOWN["sm_90"]):
+        with pytest.raises(ValueError, match=f"^this version {message}.*; decoding.flash_decoding takes the newest"):
+            version.call(**arguments)
+        assert not launches
+        decoding.flash_decoding(**arguments)
+    with pretend(KNOWN["sm_100"]), pytest.raises(ValueError, match="needs compute capability 9.0, this is NVIDIA B200"):
+        version.call(**arguments_of(DECODING, "meta"))
+
+
+def test_what_nobody_serves_is_said_of_the_argument(launches):
+    """17 queries with pages, where the newest version has no pages: not that an argument is unexpected."""
+    arguments = pages([0, 1], [2, 3])(arguments_of(DECODING, "meta"))
+    arguments["q"] = arguments["q"].expand(-1, -1, 17, -1)
+    with pretend(KNOWN["sm_90"]), pytest.raises(ValueError, match="q: decoding takes 1 to 16 queries a sequence"):
+        decoding.flash_decoding(**arguments)
+    assert not launches
+
+
 def test_no_gpu_is_said(monkeypatch, device):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
