@@ -19,7 +19,7 @@ from bench.machine_code import (
 )
 from common.hardware import KNOWN, pretend, target_of
 from common.lineage import FAMILIES, find_version, triton_version, versions_of
-from common.problem import FP8
+from common.problem import FP8, AttentionProblem
 
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 FP8_ARCHS = ("sm_89", "sm_90", "sm_100", "sm_120")
@@ -165,6 +165,55 @@ def test_fp8_caches(version, arch, dtype, head_dim, page_size, seqlen_q, more):
     if dtype == "e4m3":
         assert loop.has("F2FP.F16.E4M3") == numbers // 2
     assert loop.has("LDSM") >= numbers // 16  # four numbers in each of four registers
+
+
+# What decoding v6 is called with beside q, k and v, and the rows of a KV head: query heads, KV heads, queries.
+MASKS = {
+    "plain": (), "lengths": ("seqlens_k",), "starts": ("starts",), "window": ("window",), "lse": ("return_lse",),
+    "all": ("seqlens_k", "starts", "window", "return_lse"),
+}  # fmt: skip
+ROWS = {"1-row": (8, 8, 1), "4-rows": (32, 8, 1), "16-rows": (16, 1, 1), "64-rows": (64, 1, 1), "80-rows": (5, 1, 16)}
+KEYS_AS_ROWS = [
+    *[("fp16", 128, "4-rows", mask) for mask in MASKS],
+    *[("fp16", d, "1-row", "plain") for d in (64, 80, 256)], *[("bf16", d, "4-rows", "all") for d in (64, 80, 256)],
+    *[("fp16", d, "16-rows", "all") for d in (64, 128)], *[("fp16", d, "80-rows", "all") for d in (80, 256)],
+    *[("bf16", d, "64-rows", "plain") for d in (64, 128)], ("fp16", 64, "64-rows", "lengths"),
+]  # fmt: skip
+# Outside of the loop over keys, by the columns: while all rows of an item are read, merged and written.
+SPILLS_AN_ITEM = {8: 0, 16: 32 if triton_version() < (3, 7) else 0, 64: 96}
+
+
+@pytest.mark.parametrize("dtype, head_dim, rows, mask", KEYS_AS_ROWS)
+def test_keys_are_rows(dtype, head_dim, rows, mask):
+    """v6: both products take K and V from where TMA has put them, V transposed, with no more columns than rows need."""
+    version, gpu = find_version("decoding", "v6"), KNOWN["sm_90"]
+    (heads_q, heads_kv, seqlen_q), element = ROWS[rows], {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    integers = torch.empty(2, dtype=torch.int32, device="meta")
+    given = {"seqlens_k": integers, "starts": integers, "window": (4096, 0), "return_lse": True}
+    q, k = (
+        torch.empty(2, seqlen, heads, head_dim, dtype=element, device="meta").transpose(1, 2)
+        for seqlen, heads in ((seqlen_q, heads_q), (65536, heads_kv))
+    )
+    with pretend(gpu), recorded_launches(target_of(gpu)) as launches:
+        version.call(q, k, k, **{name: given[name] for name in MASKS[mask]})
+        columns, block_n, _, _ = version.tiles(AttentionProblem.decoding(q, k, k, most_queries=16))
+    case = case_for(version, "sm_90", dtype=dtype, head_dim=head_dim)
+    kernel = _examined(case, launches[0][0], True, *launches[0][1:])
+    found, (loop,) = facts(kernel), kernel.main_loops
+    assert columns == {"1-row": 8, "4-rows": 8, "16-rows": 16}.get(rows, 16 if head_dim == 256 else 64)
+    assert found["shared"] <= found["shared_limit"], found
+    assert found["spills"] <= SPILLS_AN_ITEM[columns] and loop.has("STL") == loop.has("LDL") == 0, found
+    assert narrow_offsets(kernel.stage("ttgir"), dtype) == []
+
+    code = [kernel.code.instructions[i] for i in loop.body]
+    products = [i.text for i in code if i.opcode.startswith("HGMMA")]
+    each = block_n * max(64, 1 << (head_dim - 1).bit_length()) // (64 * 16)  # instructions of one product
+    assert all(re.match(rf"HGMMA\.64x{columns}x16\.\S+ R\d+, gdesc", text) for text in products), products
+    assert (len(products), sum(".tnspA" in text for text in products)) == (2 * each, each)
+    if mask in ("plain", "lse"):  # what warps tell each other of the maximum, and nothing of K and V
+        assert loop.has("LDS") <= 4 + columns // 4, loop.opcodes
+    assert loop.has("LDG") == loop.has("UTMALDG") == 0
+    assert any(i.opcode.startswith("UTMALDG.4D") for i in kernel.code.instructions)
 
 
 ELEMENT = {"fp16": "f16", "bf16": "bf16", "fp32": "f32", "e4m3": "f8E4M3FN", "e5m2": "f8E5M2"}
