@@ -69,7 +69,7 @@ def flash_decoding(
     here = [found for found in reversed(versions_of("decoding")) if found.why_not(gpu) is None]
     serving = (found for found in here if found.why_not_call(q, k, v, **arguments) is None)
     # where nobody serves the call, the newest that has its arguments says which one is wrong
-    chosen = next(serving, None) or next((found for found in here if found.lacks(**arguments) is None), here[0])
+    chosen = next(serving, None) or next((found for found in here if found.lacks(k=k, **arguments) is None), here[0])
     return chosen.call(q, k, v, **arguments)
 
 

@@ -198,8 +198,8 @@ def declines(q, k, v, *, num_splits=None, seqlens_k=None, starts=None, **_):
     """What this version does not serve of a call's arguments: one line, or None."""
     if any(getattr(x, "ndim", 0) != 4 for x in (q, k, v)):
         return "takes q, k and v of four dimensions"
-    if q.dtype.itemsize != 2:
-        return f"takes q, k and v of 16 bits, not {q.dtype}"
+    if q.dtype.itemsize != 2 or k.dtype.itemsize != 2:
+        return f"takes q, k and v of 16 bits, not {k.dtype}"
     if num_splits is not None:
         return "takes no num_splits: its pieces are equal"
     if q.shape[-1] % 8:
@@ -238,7 +238,7 @@ def call_flash_decoding_v6(
 VERSION = Version(
     family="decoding", number=6, title="the keys are the rows",
     idea="S^T = K Q^T and O^T = V^T P^T on WGMMA, K and V where TMA put them; equal pieces for all programs.",
-    parent=4, requires=Requires(capability=(9, 0), exactly=True, amd=False, interpreter=False),
+    parent=5, requires=Requires(capability=(9, 0), exactly=True, amd=False, interpreter=False),
     call=call_flash_decoding_v6, kernels=(split_kernel,), tiles=tiles_for, declines=declines, most_queries=16,
     takes=("window", "starts"),
 )  # fmt: skip
