@@ -316,12 +316,42 @@ def _poison(x: torch.Tensor):
 # ---- shared memory
 
 
-class Access:
-    """One read or write of the elements start..end of an allocation. `fenced`: visible to the asynchronous units."""
+def _is_box(data: torch.Tensor) -> bool:
+    """Whether TMA can write it in one go: whole rows, or 128 bytes of each, eight rows and their like from a border."""
+    if data.is_contiguous():
+        return True
+    rows, width = data.shape[-2:]
+    step, origin = data.stride(-2), data.storage_offset()
+    panels = width * data.itemsize == 128 and origin % step % width == 0 and rows % 8 == origin // step % 8 == 0
+    return data.stride(-1) == 1 and all(n == 1 for n in data.shape[:-2]) and panels
 
-    def __init__(self, what, where, start, end, writes, fenced):
-        self.what, self.where, self.start, self.end = what, where, start, end
+
+class Access:
+    """One read or write of `data`, a view of an allocation. `fenced`: visible to the asynchronous units."""
+
+    def __init__(self, what, where, data, writes, fenced):
+        self.what, self.where, self.data = what, where, data
         self.writes, self.fenced = writes, fenced
+        self.start = data.storage_offset()
+        self.end = self.start + 1 + sum((n - 1) * step for n, step in zip(data.shape, data.stride(), strict=True))
+        self.solid = self.end - self.start == data.numel()
+
+    def covers(self, other):
+        return self.solid and self.start <= other.start and other.end <= self.end
+
+    def meets(self, other):
+        """Whether both touch some element; boxes of a block may lie between each other."""
+        if self.end <= other.start or other.end <= self.start:
+            return False
+        return self.solid and other.solid or not self.elements().isdisjoint(other.elements())
+
+    @functools.cached_property
+    def _elements(self):
+        index = torch.arange(self.start, self.end).as_strided(self.data.shape, self.data.stride())
+        return frozenset(index.flatten().tolist())
+
+    def elements(self):
+        return self._elements
 
     def __str__(self):
         return f"{self.what} at {_lines(self.where)}"
@@ -369,19 +399,17 @@ class Buffer:
 
     def touch(self, what, writes, asynchronous) -> Access:
         """Note an access by the running partition, or by a unit that it started; every conflict must be ordered."""
-        me, data = self.program.running, self.data
-        start = data.storage_offset()
-        end = start + 1 + sum((n - 1) * stride for n, stride in zip(data.shape, data.stride(), strict=True))
+        me = self.program.running
+        new = Access(f"{what} {self.name}", _here(), self.data, writes, fenced=asynchronous or not writes)
         for old in self.history:
-            if old.end <= start or end <= old.start or not (writes or old.writes):
+            if not (writes or old.writes) or not new.meets(old):
                 continue
             if old not in me.seen:
                 raise ProtocolError(f"{what} {self.name}: no wait orders it after {old}")
             if asynchronous and not old.fenced:
                 raise ProtocolError(f"{what} {self.name}: fence_async_shared is missing after {old}")
-        new = Access(f"{what} {self.name}", _here(), start, end, writes, fenced=asynchronous or not writes)
         if writes:  # what this one covers, it is ordered after: whoever knows of this one knows of those
-            self.history[:] = [old for old in self.history if not (start <= old.start and old.end <= end)]
+            self.history[:] = [old for old in self.history if not new.covers(old)]
         self.history.append(new)
         return new
 
@@ -704,7 +732,7 @@ class Program:
         self.pause()
         if pred:
             barrier.usable()
-            if dst.shape != desc.block_shape or dst.dtype != desc.dtype or not dst.data.is_contiguous():
+            if dst.shape != desc.block_shape or dst.dtype != desc.dtype or not _is_box(dst.data):
                 raise ProtocolError(f"a block {desc.block_shape} {desc.dtype} loaded to {dst.shape} {dst.dtype}")
             load = Load(self, desc.read(coordinates), barrier, dst)
             self.loads.append(load)
