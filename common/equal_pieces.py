@@ -91,12 +91,13 @@ def item_at(start, off_b, base, total, batch, items, keys, BLOCK_N: gl.constexpr
     item = (start - base) // (hi - lo)
     begin = base + item * (hi - lo)
     if keys[1] is None and keys[2] is None:
-        programs = gl.minimum(gl.num_programs(0), total)
-        each = batch * items // programs
-        if each * programs == batch * items:
-            item = item % each * programs + item // each
-        off_b = item // items
-        item = item % items
+        if batch * items >= gl.num_programs(0):
+            each = batch * items // gl.num_programs(0)
+            if each * gl.num_programs(0) == batch * items:
+                item = item % each * gl.num_programs(0) + item // each
+        if batch > 1:
+            off_b = item // items
+            item -= off_b * items
     return off_b, item, begin, begin + (hi - lo)
 
 

@@ -119,6 +119,7 @@ def consumer(
         b, item, begin, finish = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
         first, len_k, lo, _ = keys_in_reach(b, batch, keys, BLOCK_N)
         stop = gl.minimum(finish, end)
+        p_first, p_last, slot = sharers(begin, finish, total)  # early: nobody waits for it here
         first_head, start_m = item // row_blocks * group, item % row_blocks * N
         offsets, mask = row_offsets(stride_q, b, first_head, start_m, rows, seqlen_q, HEAD_DIM, WIDTH, N)
         q_smem.store(gl.load(Q + offsets, mask=mask, other=0.0))
@@ -139,7 +140,6 @@ def consumer(
         whole = stop - start == finish - begin
         if not whole:
             store_part(Parts, part, out, lse)
-            p_first, p_last, slot = sharers(begin, finish, total)
             whole = is_last(Tickets + (b * items + item), p_last - p_first + 1)
             if whole:
                 out, lse = merge_parts(Parts, p_first, p_last, slot, WIDTH, N, LAYOUT)
