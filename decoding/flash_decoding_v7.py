@@ -149,7 +149,7 @@ def consumer(
                 i + j - start, (lo + j - begin) * BLOCK_N, q_smem, p_smem, acc, m_i, l_i, first, len_k, last_key,
                 k_ring, v_ring, scale_log2, keys, STAGES,
             )  # fmt: skip
-        l_i = gl.where(missing, float("nan"), gl.sum(l_i, 0))
+        l_i = gl.sum(l_i, 0) * gl.where(missing, float("nan"), 1.0)
         out = acc * gl.expand_dims(gl.where(l_i == 0.0, 0.0, 1.0 / l_i), 0)
         lse = m_i + gl.log2(l_i)  # -inf for a row without keys
         i += stop - start

@@ -17,6 +17,7 @@ from gluon_emulator import Emulator
 from gluon_mutants import HOPPER, NEEDED, mutants
 
 import common.equal_pieces
+import common.paged_ring
 import common.parts
 from common import tickets
 from common.hardware import KNOWN, pretend
@@ -41,6 +42,7 @@ class Step:
     case: Case
     starts: tuple | None = None
     window: tuple | None = None
+    page: int | None = None
 
     def first_and_end(self) -> list[tuple[int, int]]:
         """Of each sequence the keys that some query sees."""
@@ -79,6 +81,11 @@ STEPS = {
     "window-lengths": Step(Case(3, 2, 1, 4, 400, 128, lengths_k=(400, 131, 2)), window=(128, 0)),
     "everything": Step(Case(3, 6, 2, 5, 400, 64, lengths_k=(400, 290, 3)), starts=(380, 20, 1), window=(150, 0)),
     "negative-scale": Step(Case(1, 2, 2, 1, 200, 64, scale=-0.7)),
+    "pages-of-8": Step(Case(2, 4, 4, 1, 200, 80, lengths_k=(150, 0)), starts=(20, 0), page=8),
+    "pages-of-16": Step(Case(3, 8, 2, 2, 304, 128, lengths_k=(304, 77, 16)), page=16),
+    "pages-of-64": Step(Case(2, 2, 1, 1, 320, 64), window=(100, 0), page=64),
+    "pages-of-128-D256": Step(Case(2, 2, 2, 1, 256, 256, lengths_k=(256, 129)), page=128),
+    "pages-of-256": Step(Case(2, 4, 2, 1, 512, 128, lengths_k=(400, 512)), page=256),
 }  # fmt: skip
 
 
@@ -101,12 +108,31 @@ def tensors(name: str, dtype: str):
     return q, k, v, torch.cat(outs), torch.cat(lses)
 
 
+def in_pages(step: Step, k, v):
+    """k and v in pages of a larger cache, NaN elsewhere, and their table, whose other entries are no pages."""
+    batch, heads, keys, width = k.shape
+    each = keys // step.page
+    generator = torch.Generator().manual_seed(1)
+    table = torch.randperm(batch * each + 3, generator=generator)[: batch * each].view(batch, each).int()
+    caches = []
+    for x in (k, v):
+        cache = torch.full((batch * each + 3, step.page, heads, width), math.nan, dtype=x.dtype)
+        cache[table.long()] = x.transpose(1, 2).reshape(batch, each, step.page, heads, width)
+        caches.append(cache.transpose(1, 2))
+    for row, (first, end) in zip(table, step.first_and_end(), strict=True):
+        row[: first // step.page] = 10**6
+        row[-(-end // step.page) :] = -7
+    return *caches, table
+
+
 def run(version, name: str, dtype: str, seed: int, edit=lambda path, source: source):
     """One step on one schedule, compared with the oracle. An AssertionError, ProtocolErrors too, where it fails."""
     step, (q, k, v, wanted, wanted_lse) = STEPS[name], tensors(name, dtype)
     options = step.case.options(CPU) | ({} if step.window is None else {"window": step.window})
     if step.starts is not None:
         options["starts"] = torch.tensor(step.starts, dtype=torch.int32)
+    if step.page is not None:
+        k, v, options["block_table"] = in_pages(step, k, v)
     emulator = Emulator(seed, edit)
     gpu = dataclasses.replace(KNOWN["sm_90"], sm_count=SMS[seed])
     counters = {}
@@ -116,6 +142,8 @@ def run(version, name: str, dtype: str, seed: int, edit=lambda path, source: sou
         pretend(gpu),
         guarded_memory(),
     ):
+        if step.page is not None and "block_table" not in version.takes:
+            pytest.skip(f"{version.name} takes no pages")
         assert version.why_not_call(q, k, v, **options) is None
         out, lse = emulator.load(version.path).VERSION.call(q, k, v, return_lse=True, **options)
         if seed == 0:
@@ -138,12 +166,36 @@ def test_right_on_every_schedule(version, name):
         run(version, name, ("fp16", "bf16")[seed % 2], seed)
 
 
+@pytest.mark.parametrize("version", [v for v in VERSIONS if "block_table" in v.takes], ids=lambda version: version.name)
+@pytest.mark.parametrize("entry", [-1, 10**6])
+def test_a_page_that_is_missing(version, entry):
+    """It makes its own sequence NaN, in the programs that meet it, and no other; what is not needed is not looked at."""
+    step, (q, k, v, wanted, _) = STEPS["pages-of-16"], tensors("pages-of-16", "fp16")
+    k, v, table = in_pages(step, k, v)
+    table[1, 2] = entry
+    options = step.case.options(CPU) | {"block_table": table}
+    for sms in SMS:
+        gpu = dataclasses.replace(KNOWN["sm_90"], sm_count=sms)
+        with (
+            mock.patch("common.problem.interpreting", lambda: True),
+            mock.patch("common.problem.AttentionProblem._check_pages", lambda self: None),
+            mock.patch.object(tickets, "_of_stream", {}),
+            pretend(gpu),
+        ):
+            out = Emulator().load(version.path).VERSION.call(q, k, v, **options)
+        assert out[1].isnan().all()
+        assert torch.allclose(out[[0, 2]].double(), wanted[[0, 2]], atol=5e-3)
+
+
 # ---- kernels with a piece missing
 
-PIECES, PARTS = (pathlib.Path(module.__file__) for module in (common.equal_pieces, common.parts))
+PIECES, PARTS, PAGES = (
+    pathlib.Path(module.__file__) for module in (common.equal_pieces, common.parts, common.paged_ring)
+)
 MUTANT_RUNS = [
     ("ragged-D128", 0), ("everything", 2), ("lengths-with-0", 1), ("gqa-odd-D128", 2), ("one-sequence-many-programs", 3)
 ]  # fmt: skip
+_NEXT = "\n        mbarrier.init(empty.index(i), count=1)"
 REWRITES = {
     "a ticket too few": ("== count - 1", "== count - 2"),
     "the counter is not put back": ("gl.store(Ticket, 0)", "pass"),
@@ -153,6 +205,10 @@ REWRITES = {
     "items that end with a piece begin no sequence": ("base = start", "base = base"),
     "the next sequence is never begun": ("off_b += 1", "off_b += 0"),
     "every part goes to the first place": ("part = gl.program_id(0) * 2 + 1", "part = gl.program_id(0) * 2"),
+    "pages: full waits for two arrivals": (f"count=1){_NEXT}", f"count=2){_NEXT}"),
+    "pages: empty waits for two arrivals": (_NEXT, _NEXT.replace("1", "2")),
+    "all pages in one place": (".slice(j * ROWS, ROWS, dim=2)", ".slice(0, ROWS, dim=2)"),
+    "half the bytes of pages": ("nbytes * (BLOCK_N // ROWS)", "nbytes * (BLOCK_N // ROWS // 2)"),
     "parts weigh the same": ("weight = gl.exp2(lses[j] - m_safe)", "weight = gl.exp2(lses[j] - lses[j])"),
 }
 # What a version could do without, and why it is there.
@@ -160,6 +216,11 @@ HARMLESS = {
     ("v6", "skip: without wait_full(ring, i, SLOTS)"): "one group of warps computes, and skips nothing",
     ("v6", "skip: without release(ring, i, SLOTS)"): "one group of warps computes, and skips nothing",
     ("v6", "full and empty swapped"): "both take one arrival, so that it is their names that are swapped",
+    ("v7", "skip: without wait_full(ring, i, SLOTS)"): "one group of warps computes, and skips nothing",
+    ("v7", "skip: without release(ring, i, SLOTS)"): "one group of warps computes, and skips nothing",
+    ("v7", "full waits for two arrivals"): "v7's rings are those of common/paged_ring.py",
+    ("v7", "empty is never initialised"): "v7's rings are those of common/paged_ring.py",
+    ("v7", "full and empty swapped"): "v7's rings are those of common/paged_ring.py",
 }
 
 
@@ -168,7 +229,7 @@ def _all_mutants() -> list:
     return [
         pytest.param(version, path, name, changed, id=f"{version.name}-{name}")
         for version in VERSIONS
-        for path in (version.path, HOPPER, PIECES, PARTS)
+        for path in (version.path, HOPPER, PIECES, PARTS, *([PAGES] if "block_table" in version.takes else []))
         for name, changed in mutants(path, needed, REWRITES).items()
     ]
 
@@ -181,7 +242,7 @@ def test_every_change_is_noticed(version, path, name, changed):
         return changed if file == path else source
 
     try:
-        for step, seed in MUTANT_RUNS:
+        for step, seed in MUTANT_RUNS + ([("pages-of-16", 1)] if "block_table" in version.takes else []):
             run(version, step, "fp16", seed, edit)
     except AssertionError:
         assert (version.name, name) not in HARMLESS, "is noticed now: take it off the list of what is harmless"
