@@ -6,7 +6,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from common.hopper import tma_load
 
-COLUMNS = gl.constexpr(64)  # of 16 bits, 128 bytes: what TMA swizzles; a block in shared memory is such panels
+PANEL = 64  # columns of 16 bits, 128 bytes: what TMA swizzles together, and a block in shared memory consists of
+COLUMNS = gl.constexpr(PANEL)
 
 
 @gluon.jit
@@ -23,8 +24,10 @@ def allocate_blocks(desc, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.
 
 @gluon.jit
 def numbers_of_pages(table, start_n, len_k, num_pages, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr):
-    """Pages of the block of keys at start_n, by the sequence's row of the table; num_pages, which TMA reads as zeros,
-    for keys from len_k on and for entries that are no page."""
+    """Pages of the block of keys at start_n, by the sequence's row of the table.
+
+    num_pages, which TMA reads as zeros, for keys from len_k on and for entries that are no page.
+    """
     found = ()
     for r in gl.static_range(0, BLOCK_N, min(BLOCK_N, PAGE_SIZE)):
         page = gl.load(table + (start_n + r) // PAGE_SIZE, mask=start_n + r < len_k, other=-1)

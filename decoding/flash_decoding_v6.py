@@ -2,7 +2,7 @@
 
 Idea: turn the products around. WGMMA wants 64 rows, and a decoding step has 1 to 16 queries a KV head, but 64 keys
   always: S^T = K Q^T and O^T = V^T P^T read K and V where TMA has put them, without a register in between.
-Changed: a new start, in Gluon: a producer warp keeps up to 192 KB of K and V on the way; one warpgroup computes. One
+Changed: a new start, in Gluon: a producer warp keeps 128 KB of K and V on the way; one warpgroup computes. One
   program an SM, each with an equal piece of all keys of the batch (common/equal_pieces.py), so that nothing is left
   over for a last wave and ragged lengths cost nothing; parts that do not make a whole are merged as in v3.
 Expect: 150 instructions a warp for 64 keys where v3 has 415, and no bubble between splits: 1.1 times v3 at 34 MB, where

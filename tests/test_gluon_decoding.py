@@ -169,7 +169,7 @@ def test_right_on_every_schedule(version, name):
 @pytest.mark.parametrize("version", [v for v in VERSIONS if "block_table" in v.takes], ids=lambda version: version.name)
 @pytest.mark.parametrize("entry", [-1, 10**6])
 def test_a_page_that_is_missing(version, entry):
-    """It makes its own sequence NaN, in the programs that meet it, and no other; what is not needed is not looked at."""
+    """It makes its own sequence NaN, by the programs that meet it, and no other one."""
     step, (q, k, v, wanted, _) = STEPS["pages-of-16"], tensors("pages-of-16", "fp16")
     k, v, table = in_pages(step, k, v)
     table[1, 2] = entry
