@@ -102,6 +102,8 @@ EXCEPTIONS = {
     ("decoding", "v3"): "the second kernel goes, and its work moves into the first",
     ("decoding", "v5"): "a float8 cache has factors, and columns two by two, wherever K and V go",
     ("decoding", "v4"): "four features that caches need together; what later versions share moves to common",
+    ("decoding", "v6"): "a new start: the kernel is written in Gluon",
+    ("decoding", "v7"): "pages are named in each call between the entry and the producer, and have a ring of their own",
 }
 
 

@@ -389,7 +389,7 @@ def test_entry_points_refuse_like_versions(entry, device):
             entry(**wrong(arguments_of(case, device)))
 
 
-NOT_FOR_V6 = {
+NOT_FOR_HOPPER = {
     "fp32": (lambda a: {n: x.float() for n, x in a.items()}, "takes q, k and v of 16 bits, not torch.float32"),
     "D7": (lambda a: {n: x[..., :7] for n, x in a.items()}, "takes head_dim in multiples of 8, not 7: TMA wants"),
     "splits": (add(num_splits=2), "takes no num_splits"),
@@ -410,10 +410,11 @@ NOT_FOR_V6 = {
 }  # fmt: skip
 
 
-@table("wrong, message", NOT_FOR_V6)
-def test_a_version_for_hopper_refuses(wrong, message, launches):
-    """Decoding v6, called itself, says which argument it does not take, and who does; the entry point takes another."""
-    arguments, version = wrong(arguments_of(DECODING, "meta")), find_version("decoding", "v6")
+@pytest.mark.parametrize("name", ["v6", "v7"])
+@table("wrong, message", NOT_FOR_HOPPER)
+def test_a_version_for_hopper_refuses(wrong, message, name, launches):
+    """Called itself, it says which argument it does not take, and who does; the entry point takes another version."""
+    arguments, version = wrong(arguments_of(DECODING, "meta")), find_version("decoding", name)
     with pretend(KNOWN["sm_90"]):
         with pytest.raises(ValueError, match=f"^this version {message}.*; decoding.flash_decoding takes the newest"):
             version.call(**arguments)

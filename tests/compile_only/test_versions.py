@@ -167,7 +167,7 @@ def test_fp8_caches(version, arch, dtype, head_dim, page_size, seqlen_q, more):
     assert loop.has("LDSM") >= numbers // 16  # four numbers in each of four registers
 
 
-# What decoding v6 is called with beside q, k and v, and the rows of a KV head: query heads, KV heads, queries.
+# What decoding v6 and v7 are called with beside q, k, v, and the rows of a KV head: query heads, KV heads, queries.
 MASKS = {
     "plain": (), "lengths": ("seqlens_k",), "starts": ("starts",), "window": ("window",), "lse": ("return_lse",),
     "all": ("seqlens_k", "starts", "window", "return_lse"),
@@ -183,10 +183,18 @@ KEYS_AS_ROWS = [
 SPILLS_AN_ITEM = {8: 0, 16: 32 if triton_version() < (3, 7) else 0, 64: 96}
 
 
-@pytest.mark.parametrize("dtype, head_dim, rows, mask", KEYS_AS_ROWS)
-def test_keys_are_rows(dtype, head_dim, rows, mask):
-    """v6: both products take K and V from where TMA has put them, V transposed, with no more columns than rows need."""
-    version, gpu = find_version("decoding", "v6"), KNOWN["sm_90"]
+@pytest.mark.parametrize(
+    "name, page, dtype, head_dim, rows, mask",
+    [("v6", None, *cell) for cell in KEYS_AS_ROWS]
+    + [("v7", None, *KEYS_AS_ROWS[0]), ("v7", None, *KEYS_AS_ROWS[5])]
+    + [("v7", page, *cell) for page in (8, 16, 256) for cell in KEYS_AS_ROWS if cell[3] == "all" or cell[1] == 80],
+)
+def test_keys_are_rows(name, page, dtype, head_dim, rows, mask):
+    """v6: both products take K and V from where TMA has put them, V transposed, with no more columns than rows need.
+
+    v7: a box for each page and 64 columns, and the loop over keys knows of no pages.
+    """
+    version, gpu = find_version("decoding", name), KNOWN["sm_90"]
     (heads_q, heads_kv, seqlen_q), element = ROWS[rows], {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     integers = torch.empty(2, dtype=torch.int32, device="meta")
     given = {"seqlens_k": integers, "starts": integers, "window": (4096, 0), "return_lse": True}
@@ -194,9 +202,15 @@ def test_keys_are_rows(dtype, head_dim, rows, mask):
         torch.empty(2, seqlen, heads, head_dim, dtype=element, device="meta").transpose(1, 2)
         for seqlen, heads in ((seqlen_q, heads_q), (65536, heads_kv))
     )
+    options = {name: given[name] for name in MASKS[mask]}
+    if page is not None:
+        k = torch.empty(2 * 65536 // page, page, heads_kv, head_dim, dtype=element, device="meta").transpose(1, 2)
+        options["block_table"] = torch.empty(2, 65536 // page, dtype=torch.int32, device="meta")
     with pretend(gpu), recorded_launches(target_of(gpu)) as launches:
-        version.call(q, k, k, **{name: given[name] for name in MASKS[mask]})
-        columns, block_n, _, _ = version.tiles(AttentionProblem.decoding(q, k, k, most_queries=16))
+        version.call(q, k, k, **options)
+        columns, block_n, _, _ = version.tiles(
+            AttentionProblem.decoding(q, k, k, most_queries=16, block_table=options.get("block_table"))
+        )
     case = case_for(version, "sm_90", dtype=dtype, head_dim=head_dim)
     kernel = _examined(case, launches[0][0], True, *launches[0][1:])
     found, (loop,) = facts(kernel), kernel.main_loops
@@ -213,7 +227,9 @@ def test_keys_are_rows(dtype, head_dim, rows, mask):
     if mask in ("plain", "lse"):  # what warps tell each other of the maximum, and nothing of K and V
         assert loop.has("LDS") <= 4 + columns // 4, loop.opcodes
     assert loop.has("LDG") == loop.has("UTMALDG") == 0
-    assert any(i.opcode.startswith("UTMALDG.4D") for i in kernel.code.instructions)
+    boxes = sum(i.opcode.startswith("UTMALDG.4D") for i in kernel.code.instructions)
+    panels = 2 * max(64, 1 << (head_dim - 1).bit_length()) // 64  # of K and V
+    assert boxes == panels * (1 if page is None else max(1, block_n // page))
 
 
 ELEMENT = {"fp16": "f16", "bf16": "bf16", "fp32": "f32", "e4m3": "f8E4M3FN", "e5m2": "f8E5M2"}
