@@ -4,7 +4,7 @@ import math
 
 import torch
 
-ROWS_AT_ONCE = 2**27  # scores of the oracle in memory at one time: 1 GiB of float64
+SCORES_AT_ONCE = 2**27  # of the oracle in memory: 1 GiB of float64
 
 
 def visible_mask(rows, seqlen_k, len_q, len_k, is_causal, window, device) -> torch.Tensor:
@@ -21,34 +21,37 @@ def visible_mask(rows, seqlen_k, len_q, len_k, is_causal, window, device) -> tor
     return mask
 
 
+def _chunks(count: int, size: int, device) -> list[torch.Tensor]:
+    """The numbers below count, in order, `size` at a time, one at least."""
+    return list(torch.arange(count, device=device).split(max(1, size)))
+
+
 def attention_oracle(
     q, k, v, *, is_causal=False, scale=None, window=None, seqlens_q=None, seqlens_k=None, return_lse=False
 ):  # fmt: skip
     """Attention in float64: q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D], any float dtype and device.
 
     Returns out float64 [B, Hq, Sq, D], and with return_lse also lse float64 [B, Hq, Sq] (natural logarithm). Rows that
-    see no key give 0 and -inf. Written plainly and in chunks of rows, so that it can be trusted and fits.
+    see no key give 0 and -inf. Written plainly and in chunks of heads and rows, so that it can be trusted and fits.
     """
     batch, heads_q, seqlen_q, head_dim = q.shape
     heads_kv, seqlen_k = k.shape[1], k.shape[2]
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
     out = torch.zeros(batch, heads_q, seqlen_q, head_dim, dtype=torch.float64, device=q.device)
     lse = torch.full((batch, heads_q, seqlen_q), -torch.inf, dtype=torch.float64, device=q.device)
-    chunk = max(1, ROWS_AT_ONCE // max(1, seqlen_k))
     for b in range(batch):
         len_q = seqlen_q if seqlens_q is None else int(seqlens_q[b])
         len_k = seqlen_k if seqlens_k is None else int(seqlens_k[b])
         if len_k == 0:
             continue
-        for h in range(heads_q):
-            keys, values = (x[b, h // (heads_q // heads_kv), :len_k].double() for x in (k, v))
-            for start in range(0, len_q, chunk):
-                rows = torch.arange(start, min(start + chunk, len_q), device=q.device)
+        for h in _chunks(heads_q, SCORES_AT_ONCE // (len_k * max(len_q, head_dim)), q.device):
+            keys, values = (x[b, h // (heads_q // heads_kv), :len_k].double() for x in (k, v))  # [heads, len_k, D]
+            for rows in _chunks(len_q, SCORES_AT_ONCE // (len_k * len(h)), q.device):
                 mask = visible_mask(rows, len_k, len_q, len_k, is_causal, window, q.device)
-                scores = (q[b, h, rows].double() @ keys.T * scale).masked_fill(~mask, -torch.inf)
-                lse[b, h, rows] = torch.logsumexp(scores, dim=-1)
-                weights = torch.exp(scores - lse[b, h, rows].masked_fill(~mask.any(-1), 0.0)[:, None])
-                out[b, h, rows] = weights @ values
+                scores = (q[b, h][:, rows].double() @ keys.transpose(1, 2) * scale).masked_fill(~mask, -torch.inf)
+                found = torch.logsumexp(scores, dim=-1)
+                weights = torch.exp(scores - found.masked_fill(~mask.any(-1), 0.0)[..., None])
+                out[b, h[:, None], rows], lse[b, h[:, None], rows] = weights @ values, found
     return (out, lse) if return_lse else out
 
 

@@ -455,11 +455,11 @@ def test_entry_point(device):
 
 def test_older_versions_decline():
     """By name, so that a benchmark can say why there is no number."""
-    q = torch.empty(1, 1, 1, 16)
+    q, k = (torch.empty(1, 1, n, 16, dtype=torch.float16) for n in (1, 16))  # of keys, or a page of them
     for version in versions_of("decoding"):
         for name in CACHE_ARGUMENTS:
             expected = None if name in version.takes else f"takes no {name}"
-            assert version.why_not_call(q, q, q, **{name: q}) == expected
-            assert version.why_not_call(q, q, q, **{name: None}) is None
+            assert version.why_not_call(q, k, k, **{name: q}) == expected
+            assert version.why_not_call(q, k, k, **{name: None}) is None
     assert not any(name in find_version("decoding", "v3").takes for name in CACHE_ARGUMENTS)
     assert "block_table" in find_version("decoding", "v4").takes

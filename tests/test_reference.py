@@ -52,7 +52,7 @@ def one_by_one(q, k, v, case: Case):
 @pytest.mark.parametrize("scores_at_once", [2**27, 1])
 def test_oracle(case, scores_at_once, monkeypatch):
     """Masks, alignment, groups of heads, LSE; and chunks of rows, which large cases are cut into, change nothing."""
-    monkeypatch.setattr(reference, "ROWS_AT_ONCE", scores_at_once)
+    monkeypatch.setattr(reference, "SCORES_AT_ONCE", scores_at_once)
     q, k, v = case.tensors("fp32", "cpu")
     out, lse = attention_oracle(q, k, v, return_lse=True, **case.options("cpu"))
     wanted, wanted_lse = one_by_one(q, k, v, case)

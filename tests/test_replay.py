@@ -48,6 +48,7 @@ def test_a_recipe_gives_what_the_call_gives(version, changes, return_lse, device
     skip_unless_served(version, *first, **options)
     if "seqlens_k" in others:
         others["seqlens_k"] = torch.tensor([0, 59], dtype=torch.int32, device=device)
+    call(*first, **options)  # the first of its kind makes the tables that persistent kernels look up
     recipe = Recipe(call, tuple(first), options | {"return_lse": return_lse})
     for x in first:
         x.fill_(math.nan)
