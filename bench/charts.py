@@ -706,11 +706,11 @@ def _ragged_figure(book: Book, envs: dict):
     columns = [Column(1.15, 5.4, 1.75)]
     figure, axes = _panels(title, notes, columns, len(cells), 0.3 * tallest + 0.3)
     for (panel,), cell, records in zip(axes, cells, bars, strict=True):
-        _ragged_panel(book, panel, cell, records)
+        _ragged_panel(book, panel, cell, records, tallest)
     return figure
 
 
-def _ragged_panel(book: Book, axes, cell: Cell, records: list[Record]) -> None:
+def _ragged_panel(book: Book, axes, cell: Cell, records: list[Record], rows: int) -> None:
     lengths = json.loads(cell.lengths)
     names = [_label(record["version"], bool(record.get("stale"))) for record in records]
     for row, record in enumerate(records):
@@ -738,14 +738,14 @@ def _ragged_panel(book: Book, axes, cell: Cell, records: list[Record]) -> None:
         )  # fmt: skip
     top = max([book.speed(record) for record in records if passed(record)] + [ceiling or 0.0])
     axes.set_xlim(0, 1.02 * top)
-    axes.set_ylim(len(records) - 0.4, -0.6)
+    axes.set_ylim(rows - 0.4, -0.6)  # bars as thick in every panel
     axes.set_yticks(range(len(records)), names)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(book.unit)
     pages = f", pages of {cell.page_size}" if cell.page_size else ""
     what = f"{cell.batch} sequences of {short(min(lengths))} to {short(max(lengths))} keys, {sum(lengths):,} in all, "
-    axes.set_title(f"{what}{cell.heads} heads, D={cell.head_dim}{pages}", loc="left", color="#333333", pad=16)
+    axes.set_title(f"{cell.dtype}: {what}{cell.heads} heads, D={cell.head_dim}{pages}", loc="left", color="#333333", pad=16)
 
 
 def _paged_figure(book: Book, envs: dict):

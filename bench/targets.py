@@ -145,6 +145,8 @@ def targets(book: Book, mean: Callable[[Iterable[float]], float]) -> list[Target
     fp8 = {cell: over(book, cell, cell._replace(dtype="fp16")) for cell in eight}
     paged = {c: over(book, c, c._replace(page_size=None)) for c in book.cells if c.page_size == 16}
     ragged = {c: book.of_ceiling(_row(book, c).ours) for c in book.cells if c.lengths and not c.page_size}
+    paged, paged_fp8 = _by_bits(_known(paged))
+    ragged, ragged_fp8 = _by_bits(_known(ragged))
     launched = launches(book)
     plans = {launch.cell: launch.plan - launch.kernel for launch in launched if launch.plan}
     plain = {launch.cell: launch.plain - launch.kernel for launch in launched if launch.plain}
@@ -154,8 +156,10 @@ def targets(book: Book, mean: Callable[[Iterable[float]], float]) -> list[Target
         Target("of the read ceiling, 268 MB and more", 0.96, "%", _of(shares, large), shapes=len(large)),
         Target("of the read ceiling, 34 MB", 0.85, "%", _of(shares, small), shapes=len(small)),
         Target("FP8 caches over 16 bits, from 268 MB on", 1.8, "x", _known(fp8)),
-        Target("ragged batch, of the read ceiling", 0.90, "%", _known(ragged)),
-        Target("pages of 16 over contiguous", 0.95, "x", _known(paged)),
+        Target("ragged batch, of the read ceiling", 0.90, "%", ragged),
+        Target("ragged batch, FP8 caches", 0.90, "%", ragged_fp8),
+        Target("pages of 16 over contiguous", 0.95, "x", paged),
+        Target("pages of 16 over contiguous, FP8 caches", 0.95, "x", paged_fp8),
         Target("plan, call to finished, over the kernel", 12, "us", plans, least=False),
         Target("flash_decoding, call to finished, over the kernel", 35, "us", plain, least=False),
     ]
@@ -163,6 +167,12 @@ def targets(book: Book, mean: Callable[[Iterable[float]], float]) -> list[Target
 
 def _known(values: dict[Cell, float | None]) -> dict[Cell, float]:
     return {cell: value for cell, value in values.items() if value is not None}
+
+
+def _by_bits(values: dict[Cell, float]) -> tuple[dict[Cell, float], dict[Cell, float]]:
+    """Those of caches of 16 bits and more, and those of FP8 caches."""
+    eight = {cell: value for cell, value in values.items() if cell.dtype in FP8}
+    return {cell: value for cell, value in values.items() if cell not in eight}, eight
 
 
 def _of(values: dict[Cell, float], cells: list[Cell]) -> dict[Cell, float]:
