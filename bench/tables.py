@@ -376,15 +376,15 @@ def launched_table(book: Book, fmt: str) -> str | None:
 
 
 def machine_table(envs: dict) -> str | None:
-    """Where the numbers come from, a row per run."""
+    """Where the numbers come from, a row for runs that are alike; `runs` counts them."""
     wanted = ("date", "gpu", "driver", "torch", "triton", "cuda", "cudnn")
-    rows = []
-    for run, env in sorted(envs.items()):
-        clocks = env.get("clocks") or {}
-        rows.append({"run": run} | {name: str(env.get(name) or "-") for name in wanted})
-        rows[-1]["watts at most"] = number(env.get("power"))
-        rows[-1]["SM MHz at most"] = number(clocks.get("sm_max_mhz"))
-    return _table(rows, "pipe") if rows else None
+    rows = {}
+    for _, env in sorted(envs.items()):
+        row = {name: str(env.get(name) or "-") for name in wanted}
+        row |= {"watts at most": number(env.get("power"))}
+        row |= {"SM MHz at most": number((env.get("clocks") or {}).get("sm_max_mhz"))}
+        rows.setdefault(tuple(row.values()), []).append(row)
+    return _table([alike[0] | {"runs": str(len(alike))} for alike in rows.values()], "pipe") if rows else None
 
 
 def _ideas(family: str) -> str:

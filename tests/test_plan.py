@@ -7,6 +7,7 @@ import torch
 from attention_checks import Case, needs_gpu, table
 
 from common import replay
+from common.hardware import detect_gpu
 from common.lineage import versions_of
 from common.quantize import quantize_cache
 from decoding import flash_decoding, plan_decoding
@@ -81,7 +82,7 @@ def test_steps_are_those_of_the_call(name, version, device):
     q, k, v, options = step(name, device, 0)
     if version is not None:
         chosen = next(found for found in versions_of("decoding") if found.name == version)
-        if reason := chosen.why_not_call(q, k, v, **options):
+        if reason := chosen.why_not(detect_gpu()) or chosen.why_not_call(q, k, v, **options):
             pytest.skip(reason)
         options["version"] = version
     plan = plan_decoding(q, k, v, **options)

@@ -264,7 +264,7 @@ def test_what_a_launch_costs_is_of_the_newest_version_and_of_one_run():
 def test_targets_without_records_say_so():
     text = tables.targets_table(Book([step("v1", 900.0)], "decoding")).replace("\u00a0", " ")
     assert row(text, "ragged batch, of the read ceiling")[3] == "no record yet"
-    assert text.count("no record yet") == 9 + len(targets.wanted_cells()) - 1, "every target; every shape but one"
+    assert text.count("no record yet") == 11 + len(targets.wanted_cells()) - 1, "every target; every shape but one"
     assert tables.targets_table(Book([], "decoding")) is None
 
 
