@@ -745,7 +745,8 @@ def _ragged_panel(book: Book, axes, cell: Cell, records: list[Record], rows: int
     axes.set_xlabel(book.unit)
     pages = f", pages of {cell.page_size}" if cell.page_size else ""
     what = f"{cell.batch} sequences of {short(min(lengths))} to {short(max(lengths))} keys, {sum(lengths):,} in all, "
-    axes.set_title(f"{cell.dtype}: {what}{cell.heads} heads, D={cell.head_dim}{pages}", loc="left", color="#333333", pad=16)
+    title = f"{cell.dtype}: {what}{cell.heads} heads, D={cell.head_dim}{pages}"
+    axes.set_title(title, loc="left", color="#333333", pad=16)
 
 
 def _paged_figure(book: Book, envs: dict):
