@@ -23,7 +23,7 @@ def visible_mask(rows, seqlen_k, len_q, len_k, is_causal, window, device) -> tor
 
 def _chunks(count: int, size: int, device) -> list[torch.Tensor]:
     """The numbers below count, in order, `size` at a time, one at least."""
-    return list(torch.arange(count, device=device).split(max(1, size)))
+    return list(torch.arange(count, device=device).split(max(1, size))) if count else []
 
 
 def attention_oracle(

@@ -216,22 +216,18 @@ HARMLESS = {
     ("v6", "skip: without wait_full(ring, i, SLOTS)"): "one group of warps computes, and skips nothing",
     ("v6", "skip: without release(ring, i, SLOTS)"): "one group of warps computes, and skips nothing",
     ("v6", "full and empty swapped"): "both take one arrival, so that it is their names that are swapped",
-    ("v7", "skip: without wait_full(ring, i, SLOTS)"): "one group of warps computes, and skips nothing",
-    ("v7", "skip: without release(ring, i, SLOTS)"): "one group of warps computes, and skips nothing",
-    ("v7", "full waits for two arrivals"): "v7's rings are those of common/paged_ring.py",
-    ("v7", "empty is never initialised"): "v7's rings are those of common/paged_ring.py",
-    ("v7", "full and empty swapped"): "v7's rings are those of common/paged_ring.py",
 }
 
 
 def _all_mutants() -> list:
-    needed = (*NEEDED, "zero_rows", "store_part")
-    return [
-        pytest.param(version, path, name, changed, id=f"{version.name}-{name}")
-        for version in VERSIONS
-        for path in (version.path, HOPPER, PIECES, PARTS, *([PAGES] if "block_table" in version.takes else []))
-        for name, changed in mutants(path, needed, REWRITES).items()
-    ]
+    """Of each version's file, and of each shared file in the first version that uses it."""
+    needed, seen, found = (*NEEDED, "zero_rows", "store_part"), set(), []
+    for version in VERSIONS:
+        shared = (HOPPER, PIECES, PARTS, *([PAGES] if "block_table" in version.takes else []))
+        for path in (version.path, *(path for path in shared if path not in seen)):
+            found += [(version, path, *change) for change in mutants(path, needed, REWRITES).items()]
+        seen.update(shared)
+    return [pytest.param(*change, id=f"{change[0].name}-{change[2]}") for change in found]
 
 
 @pytest.mark.parametrize("version, path, name, changed", _all_mutants())

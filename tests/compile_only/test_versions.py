@@ -179,6 +179,10 @@ KEYS_AS_ROWS = [
     *[("fp16", d, "16-rows", "all") for d in (64, 128)], *[("fp16", d, "80-rows", "all") for d in (80, 256)],
     *[("bf16", d, "64-rows", "plain") for d in (64, 128)], ("fp16", 64, "64-rows", "lengths"),
 ]  # fmt: skip
+KEYS_IN_PAGES = [
+    *[(page, "fp16", 128, "4-rows", "all") for page in (8, 16, 256)], (16, "bf16", 64, "4-rows", "all"),
+    (16, "bf16", 256, "4-rows", "all"), (16, "fp16", 80, "80-rows", "all"), (256, "fp16", 80, "1-row", "plain"),
+]  # fmt: skip
 # Outside of the loop over keys, by the columns: while all rows of an item are read, merged and written.
 SPILLS_AN_ITEM = {8: 0, 16: 32 if triton_version() < (3, 7) else 0, 64: 96}
 
@@ -187,7 +191,7 @@ SPILLS_AN_ITEM = {8: 0, 16: 32 if triton_version() < (3, 7) else 0, 64: 96}
     "name, page, dtype, head_dim, rows, mask",
     [("v6", None, *cell) for cell in KEYS_AS_ROWS]
     + [("v7", None, *KEYS_AS_ROWS[0]), ("v7", None, *KEYS_AS_ROWS[5])]
-    + [("v7", page, *cell) for page in (8, 16, 256) for cell in KEYS_AS_ROWS if cell[3] == "all" or cell[1] == 80],
+    + [("v7", *cell) for cell in KEYS_IN_PAGES],
 )
 def test_keys_are_rows(name, page, dtype, head_dim, rows, mask):
     """v6: both products take K and V from where TMA has put them, V transposed, with no more columns than rows need.
