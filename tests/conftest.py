@@ -13,6 +13,7 @@ import pytest
 for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(threads, "1")  # read when numpy and torch are imported, below; more threads only fight
 
+LARGE = 2**30  # bytes
 COMPILE_ONLY = pathlib.Path(__file__).parent / "compile_only"
 LEFT_OUT = "compiles, and this process interprets kernels; run `pytest tests/compile_only` by itself"
 
@@ -78,6 +79,17 @@ def pytest_runtest_call(item):
         return (yield)
     except hypothesis.errors.Unsatisfiable:
         pytest.skip("declines every case that was drawn")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item):
+    """Memory that a large test took goes back: processes beside this one have tests that want as much."""
+    result = yield
+    import torch
+
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > LARGE:
+        torch.cuda.empty_cache()
+    return result
 
 
 @pytest.fixture(scope="session")
