@@ -140,26 +140,29 @@ class Column(NamedTuple):
     right: float = 1.12
 
 
-def _panels(title: str, notes: list[str], columns: list[Column], rows: int = 1, height: float = 3.2):
-    """(figure, axes by [row][column]): a bold title above, notes below, both wrapped to the figure's width."""
+def _panels(title: str, notes: list[str], columns: list[Column], heights: list[float]):
+    """(figure, axes by [row][column]): a bold title above, notes below, both wrapped to the figure's width.
+
+    heights: of the rows, in inches.
+    """
     from matplotlib.figure import Figure
 
-    width = max(8.0, sum(map(sum, columns)))
+    width, between = max(8.0, sum(map(sum, columns))), 0.92
     title, foot = _wrap(title, 9.6 * width), "\n".join(_wrap(note, 17.5 * width) for note in notes)
     top, bottom = 0.56 + 0.2 * (1 + title.count("\n")), 0.68 + 0.155 * (1 + foot.count("\n"))
-    step = height + 0.92
-    tall = top + bottom + step * rows - (step - height)
+    tall = top + bottom + sum(heights) + between * (len(heights) - 1)
     figure = Figure(figsize=(width, tall), facecolor="white")
     figure.text(0.12 / width, 1 - 0.12 / tall, title, va="top", fontsize=11.5, fontweight="bold", color="#222222")
     figure.text(0.12 / width, 0.1 / tall, foot, va="bottom", fontsize=7.5, color="#555555", linespacing=1.4)
-    axes = []
-    for row in range(rows):
-        x, y = 0.0, bottom + step * (rows - 1 - row)
+    axes, y = [], tall - top
+    for height in heights:
+        x, y = 0.0, y - height
         axes.append([])
         for column in columns:
             box = ((x + column.left) / width, y / tall, column.width / width, height / tall)
             axes[-1].append(figure.add_axes(box))
             x += sum(column)
+        y -= between
     return figure, axes
 
 
@@ -239,7 +242,7 @@ def _speed_figure(book: Book, envs: dict, group: list[Sweep]):
     notes = ["Names carry the speed at the end of the line, bands go from p20 to p80."]
     notes += _notes(book, envs, cells)
     columns = [Column(width=2.95 if wide > 1 else 5.2)] * wide
-    figure, axes = _panels(title, [" ".join(notes[:-1]), notes[-1]], columns, rows, 3.4 if rows == 1 else 3.0)
+    figure, axes = _panels(title, [" ".join(notes[:-1]), notes[-1]], columns, [3.4] if rows == 1 else [3.0] * rows)
     top = 1.06 * max((y for cell in cells for y in _tops(book, cell)), default=1.0)
     for panel in {panel for row in axes for panel in row} - {axes[row][column] for row, column in at.values()}:
         panel.remove()
@@ -345,7 +348,7 @@ def _shapes_figure(book: Book, envs: dict):
     notes = ["Grey bars: peers, the fastest one named; dashed: the ceiling.", *_notes(book, envs, cells)]
     title = f"{_what(book)} of further shapes: {_where(book, envs, headline.dtype)}"
     columns = [Column(2.2, 5.4, 0.4)]
-    figure, ((axes,),) = _panels(title, [" ".join(notes[:-1]), notes[-1]], columns, height=0.55 * len(cells) + 0.2)
+    figure, ((axes,),) = _panels(title, [" ".join(notes[:-1]), notes[-1]], columns, [0.55 * len(cells) + 0.2])
     for row, cell in enumerate(cells):
         records = [record for record in _records(book, cell) if record]
         for record in records:
@@ -424,7 +427,7 @@ def _gain_figure(book: Book, envs: dict):
         y += 0 if before is None else 1.0 if before[:2] == row[:2] else 1.55
         places.append(y)
     columns = [Column(1.8, 3.6 if len(masks) > 1 else 5.4, 0.62)] + [Column(0.3, 3.6, 0.62)] * (len(masks) - 1)
-    figure, panels = _panels(title, notes, columns, height=0.27 * (y + 1.6))
+    figure, panels = _panels(title, notes, columns, [0.27 * (y + 1.6)])
     values = [value for *_, ratios in rows for value in ratios.values()]
     for column, causal in enumerate(masks):
         axes = panels[0][column]
@@ -492,7 +495,7 @@ def _memory_figure(book: Book, envs: dict):
         " is written it doubles with the length; where one is, it grows fourfold.", _software(book, envs),
     ]  # fmt: skip
     title = f"Prefill, peak memory of a sequence: {_where(book, envs, sweep.dtype)}"
-    figure, ((axes,),) = _panels(title, notes, [Column(0.8, 5.4, 1.9)])
+    figure, ((axes,),) = _panels(title, notes, [Column(0.8, 5.4, 1.9)], [3.2])
     lengths = sorted({length for points in data.values() for length in points})
     _length_axis(axes, lengths, "sequence length")
     axes.set_yscale("log", base=10)
@@ -554,7 +557,7 @@ def _fp8_figure(book: Book, envs: dict):
         " Versions that have FP8, each with its 16 bits; of the peers the fastest one.", _software(book, envs),
     ]  # fmt: skip
     title = f"Prefill, FP8 error against speed: {_where(book, envs)}"
-    figure, axes = _panels(title, notes, [Column(0.62, 3.3, 1.0)] * len(panels))
+    figure, axes = _panels(title, notes, [Column(0.62, 3.3, 1.0)] * len(panels), [3.2])
     points = [[_fp8_points(book, cells), cells] for cells in panels]
     found = [record for series, _ in points for records in series.values() for record in records]
     limits = {record["dtype"]: record["error_limit"] for record in found if record["role"] == "version"}
@@ -632,7 +635,7 @@ def _launched_figure(book: Book, envs: dict):
     columns = [Column(0.62, 2.7, 1.22) if wide > 1 else Column(0.7, 5.2, 1.4)] * wide
     rows = -(-len(names) // wide)
     title += _where(book, envs, sweep.dtype)
-    figure, axes = _panels(title, [*notes, _software(book, envs)], columns, rows, 2.7)
+    figure, axes = _panels(title, [*notes, _software(book, envs)], columns, [2.7] * rows)
     drawn = [t for points in series.values() for line in points.values() for t in line.values()]
     for place in range(rows * wide):
         panel = axes[place // wide][place % wide]
@@ -702,15 +705,13 @@ def _ragged_figure(book: Book, envs: dict):
     ]  # fmt: skip
     dtypes = " and ".join(dict.fromkeys(cell.dtype for cell in cells))
     title = f"Decoding a ragged batch, GB/s: {_where(book, envs, dtypes)}"
-    tallest = max(map(len, bars))
-    columns = [Column(1.15, 5.4, 1.75)]
-    figure, axes = _panels(title, notes, columns, len(cells), 0.3 * tallest + 0.3)
+    figure, axes = _panels(title, notes, [Column(1.15, 5.4, 1.75)], [0.3 * len(records) + 0.1 for records in bars])
     for (panel,), cell, records in zip(axes, cells, bars, strict=True):
-        _ragged_panel(book, panel, cell, records, tallest)
+        _ragged_panel(book, panel, cell, records)
     return figure
 
 
-def _ragged_panel(book: Book, axes, cell: Cell, records: list[Record], rows: int) -> None:
+def _ragged_panel(book: Book, axes, cell: Cell, records: list[Record]) -> None:
     lengths = json.loads(cell.lengths)
     names = [_label(record["version"], bool(record.get("stale"))) for record in records]
     for row, record in enumerate(records):
@@ -738,7 +739,7 @@ def _ragged_panel(book: Book, axes, cell: Cell, records: list[Record], rows: int
         )  # fmt: skip
     top = max([book.speed(record) for record in records if passed(record)] + [ceiling or 0.0])
     axes.set_xlim(0, 1.02 * top)
-    axes.set_ylim(rows - 0.4, -0.6)  # bars as thick in every panel
+    axes.set_ylim(len(records) - 0.4, -0.6)
     axes.set_yticks(range(len(records)), names)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
@@ -780,7 +781,7 @@ def _against_figure(book: Book, envs: dict, pairs: dict[Cell, Cell], title: str,
     columns = [Column(2.6, 5.0, 1.1)]
     notes = [*notes, _software(book, envs)]
     height = 0.46 * len(cells) + 0.2
-    figure, ((axes,),) = _panels(title, notes, columns, height=height)
+    figure, ((axes,),) = _panels(title, notes, columns, [height])
     looks = {name: _look(name, book.is_stale(name)) | {"linestyle": "none"} for name in names}
     for name in names:
         looks[name] |= {"marker": "|", "markersize": 10, "markeredgewidth": 1.6} if colour(name) == PEER else {}
