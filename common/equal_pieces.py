@@ -123,8 +123,9 @@ def sharers(begin, end, total):
 
 
 def pieces_for(problem: AttentionProblem) -> int:
-    """Programs to deal to: one an SM, and as many on each of the eight GPCs of a Hopper GPU, which share bandwidth.
+    """Programs to deal to: one an SM, and as many on each of the eight GPCs of a Hopper GPU.
 
-    An H200 has 16 SMs on six of them and 18 on two; the SMs of a fuller one read more slowly, and would end last.
+    128 are 1 to 9 % faster than 132 on an H200, which has 16 SMs on six GPCs and 18 on two: the SMs of a fuller one
+    would read more slowly and end last (a surmise; docs/decoding.md has what was measured).
     """
     return max(1, detect_gpu(problem.q.device).sm_count // 8 * 8)

@@ -5,7 +5,7 @@ Idea: turn the products around. WGMMA wants 64 rows, and a decoding step has 1 t
 Changed: a new start, in Gluon: a producer warp keeps 128 KB of K and V on the way; one warpgroup computes. One
   program an SM, each with an equal piece of all keys of the batch (common/equal_pieces.py), so that nothing is left
   over for a last wave and ragged lengths cost nothing; parts that do not make a whole are merged as in v3.
-Expect: 150 instructions a warp for 64 keys where v3 has 415, and no bubble between splits: 1.1 times v3 at 34 MB, where
+Expect: 252 instructions a warp for 128 keys where v3 has 830, no bubble between splits: 1.1 times v3 at 34 MB, where
   starting and merging is half the time, 1.07 times at 1 GB.
 Limits: Hopper only; 16-bit caches that TMA can address, no pages, no new keys; the parts follow from the batch, so that
   num_splits and deterministic are for the versions before.

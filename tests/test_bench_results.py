@@ -148,7 +148,7 @@ def test_the_designs_fields_are_all_named():
 def test_the_environment_names_no_absolute_path():
     gpu = {"name": "GPU", "arch": "sm_90", "sm_count": 1, "tflops": {}, "gbps": None}
     telemetry = environment.Telemetry("no such GPU")
-    argv = ["/home/me/run_prefill_bench.py", "--out", "/tmp/there", "--replay=/tmp/a/b", "--seq-lens", "1k"]
+    argv = ["/opt/bench/run_prefill_bench.py", "--out", "/tmp/there", "--replay=/tmp/a/b", "--seq-lens", "1k"]
     env = environment.describe(gpu, 3, argv, telemetry)
     telemetry.close()
     assert env["command"] == "run_prefill_bench.py --out there --replay=b --seq-lens 1k" and env["seed"] == 3

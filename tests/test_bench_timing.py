@@ -88,8 +88,5 @@ def test_a_graph_measures_what_events_measure():
     call = lambda: torch.mm(x, x, out=out)  # noqa: E731
     walk = clock.capture([call, call])
     assert walk.calls >= timing.CALLS_IN_GRAPH
-    for _ in range(20):  # other tests may be using the GPU
-        in_graph, alone = summary(clock.replays(walk, 5))[0], summary(clock.events(call, 10))[0]
-        if 0.5 < in_graph / alone < 2.0:
-            return
-    pytest.fail(f"{in_graph} ms in a graph, {alone} ms alone")
+    in_graph, alone = min(clock.replays(walk, 20)), min(clock.events(call, 20))  # others may be using the GPU
+    assert 0.5 < in_graph / alone < 2.0

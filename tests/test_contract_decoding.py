@@ -77,7 +77,8 @@ GROUPS = {
 @table("heads_q, heads_kv, seqlen_q", GROUPS)
 def test_groups(version, dtype, heads_q, heads_kv, seqlen_q, device):
     """Rows of one tile, or of several, that are mixed up; rows that fill a tile up and are none; lengths 0, 1, < Sq."""
-    lengths = (75, 0, 1, 40) if heads_q < 32 else (40,)  # v1 has a program for each head
+    many = heads_q >= 32 and device.type == "cpu"  # v1 has a program for each head: 14 s, interpreted
+    lengths = (40,) if many else (75, 0, 1, 40)
     case = Case(len(lengths), heads_q, heads_kv, seqlen_q, seqlen_k=75, head_dim=32, lengths_k=lengths)
     check(version, case, dtype, device, tiles=small_tiles(version), num_splits=splits_for(version, 3))
 
