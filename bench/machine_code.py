@@ -276,12 +276,6 @@ def compile_version(version: Version, gpu: GPU | str, **shape) -> list[Compiled]
     return result
 
 
-def facts_for_version(version: Version, gpu: GPU | str, **shape) -> dict:
-    """summary() of the version's first kernel, with those of its further ones under "others"."""
-    first, *others = [summary(compiled) for compiled in compile_version(version, gpu, **shape) if compiled.own]
-    return first | {"others": others}
-
-
 def compile_cases(cases: Iterable[Case]) -> list[list[Compiled] | CompileError]:
     """For each case its kernels, from the cache where they are there, or the error.
 

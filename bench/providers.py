@@ -95,13 +95,6 @@ def why_not_case(version: Version, case: Case) -> str | None:
     return version.lacks(block_table=case.page_size, window=case.window)
 
 
-def no_plans() -> str | None:
-    """Why no version is called through a plan object, or None."""
-    import decoding
-
-    return None if hasattr(decoding, "plan_decoding") else "decoding has no plan_decoding"
-
-
 def _plain(version: Version, tensors: tuple, options: dict) -> Bound:
     """A decoding step as the package has it: the version is chosen in each call."""
     from decoding import flash_decoding
@@ -114,8 +107,6 @@ def _plain(version: Version, tensors: tuple, options: dict) -> Bound:
 
 def _plan(version: Version, tensors: tuple, options: dict) -> Bound:
     """A decoding step as it is repeated: planned once for the shapes, the output allocated by each call."""
-    if reason := no_plans():
-        raise NotHere(reason)
     from decoding import plan_decoding
 
     try:

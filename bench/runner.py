@@ -26,7 +26,6 @@ from bench.providers import (
     NotHere,
     Peer,
     find_peer,
-    no_plans,
     source_hash,
     why_not_case,
 )
@@ -94,8 +93,7 @@ def plan(family: str, args) -> tuple[list[tuple[Case, list[Entrant]]], list[str]
         if args.preset == "paper" and (thin or not _alone_too(case)):
             entrants = [entrant for entrant in entrants if entrant.variant == OWN]
         if taking and case.plain and case.dtype == "fp16" and family == "decoding":
-            ways = (PLAIN,) if no_plans() else (PLAIN, PLAN)
-            entrants += [Entrant("version", taking[-1].name, way) for way in ways]
+            entrants += [Entrant("version", taking[-1].name, way) for way in (PLAIN, PLAN)]
         entrants += [
             Entrant("peer", peer.name, process=peer.process) for peer in peers if _takes_part(peer, case, args)
         ]
@@ -107,8 +105,6 @@ def plan(family: str, args) -> tuple[list[tuple[Case, list[Entrant]]], list[str]
                 if reason:
                     not_taking[who.name, reason] += 1
     notes += _absences(not_taking)
-    if family == "decoding" and (reason := no_plans()):
-        notes.append(f"absent: plan ({reason})")
     if not cells:
         raise ValueError("nothing to measure: no version and no peer that is installed takes these cases")
     return cells, notes

@@ -298,14 +298,8 @@ def test_who_takes_no_such_cache_is_named(monkeypatch):
     assert re.search(r"cudnn, fa2, flash_attn, eager \(takes no pages here\): not in 3 of the cases", said)
 
 
-def test_a_plan_is_a_further_way_to_call_the_newest(monkeypatch):
-    monkeypatch.delattr(decoding, "plan_decoding", raising=False)
-    words = ("decoding", "--preset", "paper", "--peers", "none", "--versions", "v1,v3")
-    cells, notes = planned(*words)
-    assert "absent: plan (decoding has no plan_decoding)" in notes
-    assert not any(entrant.variant == PLAN for _, entrants in cells for entrant in entrants)
-    monkeypatch.setattr(decoding, "plan_decoding", lambda *tensors, **options: None, raising=False)
-    cells, notes = planned(*words)
+def test_a_plan_is_a_further_way_to_call_the_newest():
+    cells, _ = planned("decoding", "--preset", "paper", "--peers", "none", "--versions", "v1,v3")
     for case, entrants in cells:
         plans = [entrant.name for entrant in entrants if entrant.variant == PLAN]
         assert plans == (["v3"] if case.plain and case.dtype == "fp16" else [])
@@ -347,11 +341,6 @@ def test_fp8_caches_go_through_bind_and_gate(version, case):
 
 @pytest.mark.skipif(not interpreting(), reason="kernels are interpreted only with TRITON_INTERPRET=1")
 def test_a_plan_goes_through_bind_and_gate(monkeypatch):
-    def plan_decoding(q, k, v, **options):
-        others = {name: value for name, value in options.items() if not isinstance(value, torch.Tensor)}
-        return lambda q, k, v, *, seqlens_k: decoding.flash_decoding(q, k, v, seqlens_k=seqlens_k, **others)
-
-    monkeypatch.setattr(decoding, "plan_decoding", plan_decoding, raising=False)
     ragged, eager = replace(STEP, lengths=(40, 7)), {"do": "prepare", "timing": "eager"}
     first, ready = asked(ragged, Entrant("version", "v2", PLAN), eager)
     assert first["ok"]["gate"] == ready["ok"]["gate"] == "pass" and ready["ok"]["latency_ms"] > 0
