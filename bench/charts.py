@@ -365,8 +365,9 @@ def _shapes_figure(book: Book, envs: dict):
         versions = [record for record in records if record["role"] == "version" and passed(record)][-1:]
         for record in versions:
             _name_in_row(book, axes, row, versions, colour(record["version"]), 5, "bottom")
+    shown = {record["version"] for cell in cells for record in _records(book, cell) if record}
     looks = [axes.plot([], [], label=name, **_look(name, book.is_stale(name)) | {"linestyle": "none"})[0]
-             for name in book.versions]  # fmt: skip
+             for name in book.versions if name in shown]  # fmt: skip
     axes.legend(handles=looks, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=10, frameon=False,
                 fontsize=LABEL_SIZE, handletextpad=0.1, columnspacing=1.2)  # fmt: skip
     axes.set_yticks(range(len(cells)), [cell._replace(dtype="").label(book.family).strip() for cell in cells])
@@ -560,16 +561,17 @@ def _fp8_figure(book: Book, envs: dict):
     figure, axes = _panels(title, notes, [Column(0.62, 3.3, 1.0)] * len(panels), [3.2])
     points = [[_fp8_points(book, cells), cells] for cells in panels]
     found = [record for series, _ in points for records in series.values() for record in records]
-    limits = {record["dtype"]: record["error_limit"] for record in found if record["role"] == "version"}
-    for panel, (series, cells) in zip(axes[0], points, strict=True):
+    most = max(max(record["error"], record["error_limit"]) for record in found if record["role"] == "version")
+    for panel, (series, cells) in zip(axes[0], points, strict=True):  # the limit follows the shape
         panel.set_xscale("log")
-        panel.set_xlim(min(r["error"] for r in found) / 1.6, max(*limits.values(), *(r["error"] for r in found)) * 1.25)
+        panel.set_xlim(min(r["error"] for r in found) / 1.6, 1.25 * max(most, *(r["error"] for r in found)))
         panel.set_ylim(0, 1.1 * max(book.speed(record) for record in found))
         panel.set_xlabel("relative error")
         panel.set_ylabel(book.unit if panel is axes[0][0] else "")
         shape = next(iter(cells.values()))._replace(dtype="").label().strip()
         panel.set_title(shape, loc="left", color="#333333", pad=20)
-        _fp8_panel(book, panel, series, {dtype: limits[dtype] for dtype in FP8 if dtype in limits and dtype in cells})
+        of_versions = [r for records in series.values() for r in records if r["role"] == "version"]
+        _fp8_panel(book, panel, series, {r["dtype"]: r["error_limit"] for r in of_versions if r["dtype"] in FP8})
     return figure
 
 
@@ -600,9 +602,9 @@ def _fp8_panel(book: Book, axes, series: dict[str, list[Record]], limits: dict[s
         side = {"e4m3": "right", "e5m2": "left"}.get(dtype, "center") if "e5m2" in columns else "center"
         axes.text(geomean(errors), 1.015, dtype, transform=axes.get_xaxis_transform(), ha=side, va="bottom",
                   fontsize=LABEL_SIZE, color="#333333")  # fmt: skip
-    for step, limit in enumerate(limits.values()):
+    for step, limit in enumerate(sorted(limits.values())):
         axes.axvline(limit, linestyle="--", linewidth=1, color=CEILING, zorder=0)
-        axes.text(limit, 0.02 + 0.05 * step, f"limit {limit:g} ", transform=axes.get_xaxis_transform(), ha="right",
+        axes.text(limit, 0.02 + 0.05 * step, f"limit {limit:.2g} ", transform=axes.get_xaxis_transform(), ha="right",
                   fontsize=7, color=CEILING)  # fmt: skip
     _end_labels(axes, ends)
 
