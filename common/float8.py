@@ -4,12 +4,12 @@ import triton
 import triton.language as tl
 
 # In: four numbers, of columns d and d + 1 in two rows. Out: column d in both rows, column d + 1 in both.
-_E4M3 = tl.constexpr("""{
+E4M3_PAIRS = tl.constexpr("""{
     .reg .b32 t; .reg .b16 even, odd;
     prmt.b32 t, $2, 0, 0x3120; mov.b32 {even, odd}, t;
     cvt.rn.f16x2.e4m3x2 $0, even; cvt.rn.f16x2.e4m3x2 $1, odd;
 }""")
-_E5M2 = tl.constexpr("prmt.b32 $0, $2, 0, 0x2404; and.b32 $1, $2, 0xff00ff00;")
+E5M2_PAIRS = tl.constexpr("prmt.b32 $0, $2, 0, 0x2404; and.b32 $1, $2, 0xff00ff00;")
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def columns_of_pairs(pairs, DTYPE: tl.constexpr, PTX: tl.constexpr):
     what the compiler makes of the other way has ten.
     """
     if PTX:
-        ASM: tl.constexpr = _E5M2 if DTYPE == tl.float8e5 else _E4M3
+        ASM: tl.constexpr = E5M2_PAIRS if DTYPE == tl.float8e5 else E4M3_PAIRS
         even, odd = tl.inline_asm_elementwise(
             ASM, "=&r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
         )

@@ -68,6 +68,20 @@ def skip(ring, first, last, SLOTS: gl.constexpr):
         release(ring, i, SLOTS)
 
 
+@gluon.jit
+def let_next_kernel_start():
+    """The kernel launched after this one may start, if it says that it waits (launch_pdl=True), once all programs of
+    this one have come here: PTX griddepcontrol.launch_dependents.
+    """
+    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def wait_for_kernel_before():
+    """Until the kernel launched before this one has ended, and all that it wrote is to be seen: griddepcontrol.wait."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+
+
 # sizes below is (seqlen_q, seqlen_k, window_left, window_right), with None for no bound: common/masking.py
 
 

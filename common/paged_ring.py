@@ -7,7 +7,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from common.hopper import tma_load
 
 PANEL = 64  # columns of 16 bits, 128 bytes: what TMA swizzles together, and a block in shared memory consists of
-COLUMNS = gl.constexpr(PANEL)
 
 
 @gluon.jit
@@ -42,6 +41,7 @@ def fill_from_pages(ring, desc, pages, off_h, row, i, SLOTS: gl.constexpr):
     BLOCK_N: gl.constexpr = bufs.shape[3]
     WIDTH: gl.constexpr = bufs.shape[4]
     ROWS: gl.constexpr = desc.block_type.shape[2]
+    COLUMNS: gl.constexpr = desc.block_type.shape[3]
     slot = i % SLOTS
     mbarrier.wait(empty.index(slot), ((i // SLOTS) & 1) ^ 1)
     mbarrier.expect(full.index(slot), desc.block_type.nbytes * (BLOCK_N // ROWS) * (WIDTH // COLUMNS))

@@ -10,7 +10,8 @@ Programs run one after the other, in an order that the seed picks. Inside one, e
 a thread, exactly one of them runs at a time, and a generator with the seed picks who is next at each operation on
 shared state: the same seed gives the same run. TMA copies are picked in the same way, so they land late and out of
 order; a product reads its operands at the wait that covers it; memory that nobody has written, or that a copy is
-writing, holds NaN.
+writing, holds NaN. A kernel launched before the one ahead of it has ended (launch_pdl) must wait for that one, in each
+partition, before it touches global memory, and in each program before it ends.
 
 What must be ordered is checked as an order, not as what happened to come first in this run. Each partition knows the
 set of accesses that are finished as far as it can tell: its own, those its waits cover, and those that others knew of
@@ -537,6 +538,7 @@ class Partition:
     def __init__(self, program, function, args, name, warps, seen=()):
         self.program, self.function, self.args, self.name, self.warps = program, function, args, name, warps
         self.seen = set(seen)  # accesses that are finished as far as this partition can know
+        self.alone = not program.early or (program.running is not None and program.running.alone)
         self.products = collections.deque()  # in flight, oldest first
         self.stores = collections.deque()
         self.ready, self.awaited, self.finished, self.result = None, None, False, None
@@ -601,8 +603,8 @@ class Store:
 class Program:
     """One program of the grid."""
 
-    def __init__(self, index, grid, warps, seed):
-        self.index, self.grid, self.warps = index, grid, warps
+    def __init__(self, index, grid, warps, seed, early=False):
+        self.index, self.grid, self.warps, self.early = index, grid, warps, early
         self.random = random.Random(f"{seed} {index}")
         self.haste = self.random.choice(((0.02,), (0.02, 1.0), (0.1, 1.0, 10.0), (20.0,)))  # of the TMA unit
         self.partitions, self.flights, self.barriers, self.loads = [], [], [], []
@@ -618,6 +620,8 @@ class Program:
             partition.thread.join()
         if self.failure:
             raise self.failure
+        if not any(partition.alone for partition in self.partitions):
+            raise ProtocolError("the program may end before the kernel ahead of it: nobody waits for that")
         for load in self.loads:
             if load.write not in main.seen:
                 raise ProtocolError(f"the program may end before {load.write} has landed: nobody waits for it")
@@ -675,6 +679,11 @@ class Program:
 
     # ---- what kernels call
 
+    def touch_memory(self):
+        """PTX griddepcontrol.wait: what earlier kernels write is complete, and what they read may be written, after it."""
+        if self.running is not None and not self.running.alone:
+            raise ProtocolError("touches memory that the kernel ahead of this one may still be using")
+
     def allocate_shared_memory(self, dtype, shape, layout, value=None):
         name = _name()
         if isinstance(layout, BarrierLayout):
@@ -730,6 +739,7 @@ class Program:
 
     def tma_load(self, desc, coordinates, barrier, dst, pred=True, **_):
         self.pause()
+        self.touch_memory()
         if pred:
             barrier.usable()
             if dst.shape != desc.block_shape or dst.dtype != desc.dtype or not _is_box(dst.data):
@@ -740,6 +750,7 @@ class Program:
 
     def tma_store(self, desc, coordinates, src, **_):
         self.pause()
+        self.touch_memory()
         if src.shape != desc.block_shape or src.dtype != desc.dtype or not src.data.is_contiguous():
             raise TypeError(f"{src.shape} {src.dtype} stored as a block {desc.block_shape} {desc.dtype}")
         store = Store(self, desc, list(coordinates), src)
@@ -864,6 +875,8 @@ def _inline_asm(asm, constraints, args, dtype, is_pure, pack):
         return Value(tensors[0][..., ::4].contiguous().view(torch.int8))
     if asm == "mov.b32 $0, $1;" and (dtype, pack, tensors[0].dtype) == (real_gl.int16, 2, torch.int32):
         return Value(tensors[0][..., ::2].contiguous().view(torch.int16))
+    if pack == 2 and len(args) == 1 and tensors[0].dtype == torch.int16:
+        return tuple(Value(x) for x in ptx.on_pairs(asm, tensors[0], [TORCH[each] for each in dtype]))
     if pack == 2 and tensors[0].shape[1:] == (4,):
         return tuple(Value(x) for x in ptx.elementwise(asm, torch.broadcast_tensors(*tensors), len(dtype)))
     raise AttributeError(f"tests/gluon_emulator.py does not know this yet: {asm}")
@@ -972,7 +985,7 @@ class Kernel:
     def __getitem__(self, grid):
         return functools.partial(self._launch, grid)
 
-    def _launch(self, grid, *args, num_warps=4, **options):
+    def _launch(self, grid, *args, num_warps=4, launch_pdl=False, **options):
         bound = self.signature.bind(*args, **{n: x for n, x in options.items() if n in self.signature.parameters})
         bound.apply_defaults()
         grid = tuple(grid(bound.arguments) if callable(grid) else grid) + (1,) * (3 - len(grid))
@@ -981,7 +994,7 @@ class Kernel:
         programs = list(itertools.product(*map(range, reversed(grid))))
         random.Random(f"{self.emulator.seed} order").shuffle(programs)
         for index in programs:
-            self.emulator.run_program(self.fn, values, index[::-1], grid, num_warps)
+            self.emulator.run_program(self.fn, values, index[::-1], grid, num_warps, launch_pdl)
 
     def is_gluon(self):
         return True
@@ -1015,6 +1028,9 @@ class Emulator:
         gl.num_programs = lambda axis: Int(self.program.grid[axis])
         gl.barrier = lambda **_: self.program.pause()  # of a partition, which is one thread here
         gl.num_warps = lambda: self.program.running.warps
+        gl.inline_asm_elementwise = self._inline_asm
+        for name in ("load", "store", "atomic_add"):
+            setattr(gl, name, self._of_memory(getattr(gl, name)))
         gl.allocate_shared_memory = self._of_program("allocate_shared_memory")
         gl.warp_specialize = self._of_program("warp_specialize")
         names = types.SimpleNamespace
@@ -1043,6 +1059,20 @@ class Emulator:
 
     def _of_program(self, name):
         return lambda *args, **kwargs: getattr(self.program, name)(*args, **kwargs)
+
+    def _of_memory(self, function):
+        def checked(*args, **kwargs):
+            self.program.touch_memory()
+            return function(*args, **kwargs)
+
+        return checked
+
+    def _inline_asm(self, asm, *args, **kwargs):
+        asm = asm.value if isinstance(asm, real_gl.constexpr) else asm
+        if asm.startswith("griddepcontrol.wait;"):
+            self.program.running.alone = True
+        elif not asm.startswith("griddepcontrol.launch_dependents;"):
+            return _inline_asm(asm, *args, **kwargs)
 
     def _jit(self, function=None, **_):
         return functools.partial(Kernel, self) if function is None else Kernel(self, function)
@@ -1079,8 +1109,8 @@ class Emulator:
         """range, which in a kernel counts with the kernel's scalars."""
         return range(*args) if self.program is None else map(Int, range(*args))
 
-    def run_program(self, function, args, index, grid, warps):
-        self.program = Program(index, grid, warps, self.seed)
+    def run_program(self, function, args, index, grid, warps, early=False):
+        self.program = Program(index, grid, warps, self.seed, early)
         try:
             self.program.run(function, args)
         except ProtocolError as error:

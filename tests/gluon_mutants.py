@@ -6,7 +6,7 @@ import pathlib
 import common.hopper
 
 HOPPER = pathlib.Path(common.hopper.__file__)
-NEEDED = ("release", "wait_full", "skip", "fence_async_shared", "tma.store_wait", "mbarrier.wait", "mbarrier.arrive",
+NEEDED = ("release", "wait_for_kernel_before", "wait_full", "skip", "fence_async_shared", "tma.store_wait", "mbarrier.wait", "mbarrier.arrive",
           "mbarrier.expect")  # fmt: skip
 REWRITES = {  # of text in common/hopper.py
     "the producer's phase inverted": ("((i // SLOTS) & 1) ^ 1", "(i // SLOTS) & 1"),

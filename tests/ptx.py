@@ -52,6 +52,19 @@ def _packed(low, high, to: str) -> np.ndarray:
     return pair.to(TO[to]).view(torch.int32 if TO[to].itemsize == 2 else torch.int16).numpy()[..., 0]
 
 
+def _permuted(a, b, selector: int) -> np.ndarray:
+    """prmt: each four bits of the selector pick a byte of a (0 to 3) or of b (4 to 7)."""
+    b = np.broadcast_to(np.asarray(b).astype(np.int32), a.shape)
+    parts = np.concatenate([np.ascontiguousarray(x)[..., None].view(np.uint8) for x in (a, b)], -1)
+    return np.ascontiguousarray(parts[..., [selector >> 4 * i & 7 for i in range(4)]]).view(np.int32)[..., 0]
+
+
+def _halves(x: np.ndarray, of: str) -> np.ndarray:
+    """Two numbers of 8 bits as two float16 in one register."""
+    numbers = torch.from_numpy(np.ascontiguousarray(x)[..., None].view(np.uint8)).view(TO[of])
+    return numbers.to(torch.float16).numpy().view(np.int32)[..., 0]
+
+
 def run(text: str, outputs: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
     """What the operands $0 .. hold at the end. inputs: float32 [warps, 32] each, the operands after the outputs.
 
@@ -88,6 +101,17 @@ def run(text: str, outputs: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
                 value = read(names[0])[:, np.arange(THREADS) ^ int(names[1])]
             elif match := re.fullmatch(r"cvt\.rn\.(?:satfinite\.)?(\w+)x2\.f32", opcode):
                 value = _packed(read(names[1]), read(names[0]), match[1])
+            elif opcode == "mov.b32" and target.startswith("{"):
+                halves = np.ascontiguousarray(read(names[0]))[..., None].view(np.int16)
+                for half, name in enumerate(target.strip("{}").split(", ")):
+                    registers[name] = halves[..., half]
+                continue
+            elif opcode == "prmt.b32":
+                value = _permuted(read(names[0]), read(names[1]), int(names[2], 16))
+            elif opcode == "and.b32":
+                value = read(names[0]) & np.array(int(names[1], 16), np.uint32).view(np.int32)
+            elif match := re.fullmatch(r"cvt\.rn\.f16x2\.(e\dm\d)x2", opcode):
+                value = _halves(read(names[0]), match[1])
             elif opcode == "mov.b32" and names[0].startswith("{"):
                 low, high = (read(name) for name in names[0].strip("{}").split(", "))
                 value = np.stack([low, high], -1).astype(np.int16).view(np.int32)[..., 0]
@@ -114,3 +138,10 @@ def elementwise(text: str, args: list[torch.Tensor], outputs: int) -> list[torch
     found = run(text, 2 * outputs, [np.ascontiguousarray(x) for arg in args for x in split(arg.float())])
     pairs = zip(found[::2], found[1::2], strict=True)
     return [torch.from_numpy(np.stack(pair, 1)).reshape(args[0].shape) for pair in pairs]
+
+
+def on_pairs(text: str, x: torch.Tensor, dtypes: list[torch.dtype]) -> list[torch.Tensor]:
+    """inline_asm_elementwise with pack 2 on a tensor of 16-bit numbers, whose results have 16 bits too."""
+    registers = x.contiguous().view(torch.int32).reshape(-1, THREADS).numpy()
+    found = run(text, len(dtypes), [registers])
+    return [torch.from_numpy(y.copy()).view(dtype).reshape(x.shape) for y, dtype in zip(found, dtypes, strict=True)]

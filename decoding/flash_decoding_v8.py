@@ -1,0 +1,287 @@
+"""Flash decoding v8: the next step is ready before this one ends.
+
+Idea: programmatic dependent launch. A step may be launched while the kernel before it is still at work: its programs
+  take the SMs that become free, set up barriers, descriptors and warps, and wait with all that reads or writes memory
+  until the kernel before has ended.
+Changed: the launch says so, and griddepcontrol.wait stands before the first access to memory in every partition. Each
+  program lets the next kernel come as soon as it runs itself.
+Expect: 1.5 us of launch and 0.5 us until the first copy are gone from a step that follows another kernel: 13.0 to 11.3
+  us at 34 MB, 3 % at 268 MB. Nothing for a call on an idle GPU.
+Limits: v7's.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from common.equal_pieces import item_at, keys_in_reach, next_sequence, piece, pieces_for, sharers
+from common.exponent import LN_2, LOG2_E
+from common.hopper import (
+    descriptor,
+    fill,
+    let_next_kernel_start,
+    refuse,
+    release,
+    wait_for_kernel_before,
+    wait_full,
+    why_no_tma,
+    zero_rows,
+)
+from common.launch import Tiles, block_d, cdiv, launch, tuned_tiles
+from common.lineage import Requires, Version
+from common.paged_ring import PANEL, allocate_blocks, fill_from_pages, numbers_of_pages, pages_are_missing
+from common.parts import is_last, merge_parts, store_part
+from common.problem import AttentionProblem
+from common.tickets import tickets
+
+LEAST_PAGE = 8  # keys: rows that TMA swizzles together
+MOST_LENGTHS = 4096  # that all programs look through: more do not fit in their registers
+
+
+@gluon.jit
+def producer(
+    k_desc, v_desc, k_ring, v_ring, work, batch, items, row_blocks, keys, pages, BLOCK_N: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    start, end, total, off_b, base = work
+    table, stride_table, num_pages = pages
+    i = start * 0
+    wait_for_kernel_before()  # v8
+    while start < end:
+        b, item, begin, finish = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
+        _, len_k, lo, _ = keys_in_reach(b, batch, keys, BLOCK_N)
+        stop = gl.minimum(finish, end)
+        for j in range(start, stop):
+            start_n = (lo + j - begin) * BLOCK_N
+            if table is None:
+                fill(k_ring, k_desc, [b, item // row_blocks, start_n, 0], i, STAGES)
+                fill(v_ring, v_desc, [b, item // row_blocks, start_n, 0], i, STAGES)
+            else:
+                row = table + b.to(gl.int64) * stride_table
+                found = numbers_of_pages(row, start_n, len_k, num_pages, BLOCK_N, PAGE_SIZE)
+                fill_from_pages(k_ring, k_desc, found, item // row_blocks, start_n % PAGE_SIZE, i, STAGES)
+                fill_from_pages(v_ring, v_desc, found, item // row_blocks, start_n % PAGE_SIZE, i, STAGES)
+            i += 1
+        start = stop
+        off_b, base = next_sequence(start, off_b, base, finish, item, items, keys)
+
+
+@gluon.jit
+def step(
+    i, start_n, q, p_smem, acc, m_i, l_i, first, len_k, last_key, k_ring, v_ring, scale_log2, keys, STAGES: gl.constexpr
+):
+    """Block i of the ring, keys start_n...: S^T = K Q^T, softmax down the columns, O^T += V^T P^T."""
+    BLOCK_N: gl.constexpr = l_i.shape[0]
+    WIDTH: gl.constexpr = acc.shape[0]
+    LAYOUT: gl.constexpr = acc.type.layout
+    _, seqlens_k, starts, window_left, _ = keys
+    k = k_ring[0].index(i % STAGES).reshape([BLOCK_N, WIDTH])
+    v = v_ring[0].index(i % STAGES).reshape([BLOCK_N, WIDTH])
+    wait_full(k_ring, i, STAGES)
+    qk = warpgroup_mma(k, q.permute((1, 0)), gl.zeros_like(l_i), use_acc=False, is_async=True)  # v6: [keys, rows]
+    qk = warpgroup_mma_wait(0, deps=[qk])
+    release(k_ring, i, STAGES)
+    offs_n = gl.expand_dims(start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT)), 1)
+    visible = offs_n <= last_key
+    if starts is not None or window_left is not None:
+        visible = visible & (offs_n >= first)
+    if window_left is not None:
+        visible = visible & (offs_n >= last_key - window_left)
+    qk = gl.where(visible, qk * scale_log2, -float("inf"))
+    m_new = gl.maximum(m_i, gl.max(qk, 0))
+    m_safe = gl.where(m_new == -float("inf"), 0.0, m_new)  # a query may be ahead of all keys so far
+    p = gl.exp2(qk - gl.expand_dims(m_safe, 0))
+    alpha = gl.expand_dims(gl.exp2(m_i - m_safe), 0)
+    wait_full(v_ring, i, STAGES)
+    if seqlens_k is not None or starts is not None or window_left is not None:
+        if (start_n + BLOCK_N > len_k) | (start_n < first):  # what lies there may be NaN, which times 0 is NaN
+            for r in gl.static_range(0, BLOCK_N, 16):
+                zero_rows(v.slice(r, 16), first - start_n - r, len_k - start_n - r)
+    p_smem.store(gl.permute(p.to(p_smem.dtype), (1, 0)))
+    fence_async_shared()
+    acc = warpgroup_mma(v.permute((1, 0)), p_smem.permute((1, 0)), acc * alpha, is_async=True)  # v6: [WIDTH, rows]
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    release(v_ring, i, STAGES)
+    return acc, m_new, l_i * alpha + p
+
+
+@gluon.jit
+def row_offsets(
+    stride, off_b, first_head, start_m, rows, seqlen_q, HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, N: gl.constexpr
+):
+    """Offsets in elements of rows start_m.. of a KV head, head by head, all queries of each; mask."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    offs_m = start_m + gl.arange(0, N, layout=gl.SliceLayout(1, LAYOUT))
+    offs_d = gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    offsets = off_b.to(gl.int64) * stride[0] + (first_head + offs_m // seqlen_q).to(gl.int64) * stride[1]
+    offsets += (offs_m % seqlen_q).to(gl.int64) * stride[2]
+    return gl.expand_dims(offsets, 1) + offs_d, gl.expand_dims(offs_m < rows, 1) & (offs_d < HEAD_DIM)
+
+
+@gluon.jit
+def consumer(
+    args, k_ring, v_ring, work, batch, items, row_blocks, keys, pages, PAGE_SIZE: gl.constexpr,
+    HEAD_DIM: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    Q, Out, LSE, Parts, Tickets, stride_q, stride_o, group, scale_log2 = args
+    table, stride_table, num_pages = pages
+    seqlen_q = keys[4]
+    rows = group * seqlen_q
+    start, end, total, off_b, base = work
+    BLOCK_N: gl.constexpr = k_ring[0].shape[3]
+    WIDTH: gl.constexpr = k_ring[0].shape[4]
+    dtype: gl.constexpr = Q.dtype.element_ty
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])  # of S^T and O^T
+    q_smem = gl.allocate_shared_memory(dtype, [N, WIDTH], gl.NVMMASharedLayout.get_default_for([N, WIDTH], dtype))
+    p_smem = gl.allocate_shared_memory(dtype, [N, BLOCK_N], gl.NVMMASharedLayout.get_default_for([N, BLOCK_N], dtype))
+    offs_r = gl.arange(0, N, layout=gl.SliceLayout(0, LAYOUT))
+    i = start * 0
+    part = gl.program_id(0) * 2
+    wait_for_kernel_before()  # v8
+    while start < end:
+        b, item, begin, finish = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
+        first, len_k, lo, _ = keys_in_reach(b, batch, keys, BLOCK_N)
+        stop = gl.minimum(finish, end)
+        p_first, p_last, slot = sharers(begin, finish, total)  # early: nobody waits for it here
+        first_head, start_m = item // row_blocks * group, item % row_blocks * N
+        offsets, mask = row_offsets(stride_q, b, first_head, start_m, rows, seqlen_q, HEAD_DIM, WIDTH, N)
+        q_smem.store(gl.load(Q + offsets, mask=mask, other=0.0))
+        fence_async_shared()
+        missing = start < 0
+        if table is not None:  # said aloud, where nobody could refuse it; looked at while the first block comes
+            here, gone = (lo + start - begin) * BLOCK_N, (lo + stop - begin) * BLOCK_N
+            row = table + b.to(gl.int64) * stride_table
+            missing = pages_are_missing(row, gl.maximum(here, first), gl.minimum(gone, len_k), num_pages, PAGE_SIZE)
+        last_key = gl.expand_dims((start_m + offs_r) % seqlen_q + (len_k - seqlen_q), 0)  # causal; [1, N]
+        m_i = gl.full([N], -float("inf"), gl.float32, gl.SliceLayout(0, LAYOUT))
+        l_i = gl.zeros([BLOCK_N, N], gl.float32, LAYOUT)
+        acc = gl.zeros([WIDTH, N], gl.float32, LAYOUT)
+        for j in range(start, stop):
+            acc, m_i, l_i = step(
+                i + j - start, (lo + j - begin) * BLOCK_N, q_smem, p_smem, acc, m_i, l_i, first, len_k, last_key,
+                k_ring, v_ring, scale_log2, keys, STAGES,
+            )  # fmt: skip
+        l_i = gl.sum(l_i, 0) * gl.where(missing, float("nan"), 1.0)
+        out = acc * gl.expand_dims(gl.where(l_i == 0.0, 0.0, 1.0 / l_i), 0)
+        lse = m_i + gl.log2(l_i)  # -inf for a row without keys
+        i += stop - start
+        whole = stop - start == finish - begin
+        if not whole:
+            store_part(Parts, part, out, lse)
+            whole = is_last(Tickets + (b * items + item), p_last - p_first + 1)
+            if whole:
+                out, lse = merge_parts(Parts, p_first, p_last, slot, WIDTH, N, LAYOUT)
+        if whole:
+            offsets, mask = row_offsets(stride_o, b, first_head, start_m, rows, seqlen_q, HEAD_DIM, WIDTH, N)
+            out16 = gl.permute(out.to(dtype), (1, 0))
+            gl.store(Out + offsets, gl.convert_layout(out16, offsets.type.layout), mask=mask)
+            if LSE is not None:
+                offs_lse = (b * (items // row_blocks) + item // row_blocks).to(gl.int64) * rows + start_m + offs_r
+                gl.store(LSE + offs_lse, lse * LN_2, mask=start_m + offs_r < rows)
+        part = gl.program_id(0) * 2 + 1
+        start = stop
+        off_b, base = next_sequence(start, off_b, base, finish, item, items, keys)
+
+
+@gluon.jit(do_not_specialize=["batch", "seqlen_k"])
+def split_kernel(
+    Q, k_desc, v_desc,  # [batch, heads_q, seqlen_q, HEAD_DIM], [batch, heads_kv, seqlen_k, HEAD_DIM] twice
+    Out, LSE,  # like Q; float32 [batch, heads_q, seqlen_q] or None
+    Parts,  # float32 [2 * programs, WIDTH, N], then the like without WIDTH
+    Tickets,  # int32 [items of all sequences], zeros
+    seqlens_k, starts,  # int32 [batch] or None
+    BlockTable,  # int32 [batch, pages of a sequence] or None: k and v are [num_pages, heads_kv, PAGE_SIZE, HEAD_DIM]
+    stride_q, stride_o, stride_table,  # (batch, head, row, 1), in elements; of a sequence, in entries
+    batch, heads_q, heads_kv, seqlen_q, seqlen_k, row_blocks, scale_log2, window_left, num_pages,
+    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BATCH: gl.constexpr, PAGE_SIZE: gl.constexpr,
+):  # fmt: skip
+    k_ring = allocate_blocks(k_desc, BLOCK_N, WIDTH, STAGES)
+    v_ring = allocate_blocks(v_desc, BLOCK_N, WIDTH, STAGES)
+    let_next_kernel_start()  # v8
+    if seqlens_k is not None or starts is not None:  # v8: where the pieces depend on memory
+        wait_for_kernel_before()
+    keys = (seqlen_k, seqlens_k, starts, window_left, seqlen_q)
+    pages = (BlockTable, stride_table, num_pages)
+    items = heads_kv * row_blocks
+    work = piece(batch, items, keys, BLOCK_N, BATCH)
+    args = (Q, Out, LSE, Parts, Tickets, stride_q, stride_o, heads_q // heads_kv, scale_log2)
+    gl.warp_specialize([
+        (consumer, (args, k_ring, v_ring, work, batch, items, row_blocks, keys, pages, PAGE_SIZE, HEAD_DIM, N, STAGES)),
+        (producer, (k_desc, v_desc, k_ring, v_ring, work, batch, items, row_blocks, keys, pages, BLOCK_N, PAGE_SIZE,
+                    STAGES)),
+    ], [1], [56])  # fmt: skip
+
+
+def tiles_for(problem: AttentionProblem) -> Tiles:
+    """Blocks of 128 keys where registers allow, two under way beside the two that are being read.
+
+    More on the way is slower: with 192 KB instead of 128 the rows of one sequence take 1 % longer.
+    """
+    rows, width = rows_of_a_tile(problem), max(64, block_d(problem))
+    block_n = 128 if rows <= 16 and width <= 128 else 64
+    return tuned_tiles("decoding v8", problem) or Tiles(rows, block_n, 4, 256 // block_n if width <= 128 else 2)
+
+
+def rows_of_a_tile(problem: AttentionProblem) -> int:
+    """The rows that share a KV head, or some of them, as many as the accumulators have registers for."""
+    most = {64: 64, 128: 64, 256: 16}[max(64, block_d(problem))]
+    return min(most, max(8, 1 << (problem.group * problem.seqlen_q - 1).bit_length()))
+
+
+def declines(q, k, v, *, num_splits=None, seqlens_k=None, starts=None, block_table=None, **_):
+    """What this version does not serve of a call's arguments: one line, or None."""
+    if any(getattr(x, "ndim", 0) != 4 for x in (q, k, v)):
+        return "takes q, k and v of four dimensions"
+    if q.dtype.itemsize != 2 or k.dtype.itemsize != 2:
+        return f"takes q, k and v of 16 bits, not {k.dtype}"
+    if num_splits is not None:
+        return "takes no num_splits: its pieces are equal"
+    if q.shape[-1] % 8:
+        return f"takes head_dim in multiples of 8, not {q.shape[-1]}: TMA wants steps of 16 bytes"
+    if q.shape[0] > MOST_LENGTHS and (seqlens_k is not None or starts is not None):
+        return f"takes seqlens_k and starts of up to {MOST_LENGTHS} sequences, not {q.shape[0]}"
+    if block_table is not None and k.shape[2] < LEAST_PAGE:
+        return f"takes pages of {LEAST_PAGE} keys and more, not {k.shape[2]}"
+    return why_no_tma(k, v)
+
+
+def call_flash_decoding_v8(
+    q, k, v, *, scale=None, seqlens_k=None, num_splits=None, return_lse=False, out=None, tiles=None, window=None,
+    starts=None, block_table=None, check_table=False,
+):  # fmt: skip
+    """Attention of up to 16 queries a sequence, q [B, Hq, Sq, D], k, v [B, Hkv, Sk, D]: see decoding.flash_decoding."""
+    p = problem = AttentionProblem.decoding(
+        q, k, v, scale=scale, seqlens_k=seqlens_k, num_splits=num_splits, return_lse=return_lse, out=out,
+        most_queries=VERSION.most_queries, window=window, starts=starts, block_table=block_table,
+        check_table=check_table,
+    )  # fmt: skip
+    beyond = dict(num_splits=num_splits, seqlens_k=seqlens_k, starts=starts, block_table=block_table)
+    refuse(problem, declines(p.q, p.k, p.v, **beyond), "decoding.flash_decoding")
+    n, block_n, num_warps, stages = tiles or tiles_for(problem)
+    lengths = 1 if seqlens_k is None and starts is None else p.batch
+    width, row_blocks, programs = max(64, block_d(p)), cdiv(p.group * p.seqlen_q, n), pieces_for(p)
+    box = (block_n, width) if p.block_table is None else (min(block_n, p.page_size), PANEL)
+    table_stride = None if p.block_table is None else p.block_table.stride(0)
+    parts = torch.empty(2 * programs * n * (width + 1), dtype=torch.float32, device=p.q.device)
+    launch(
+        split_kernel, (programs,), p.q.device,
+        p.q, descriptor(p.k, *box), descriptor(p.v, *box), p.out, p.lse,
+        parts, tickets(p.batch * p.heads_kv * row_blocks, p.q.device), p.seqlens_k, p.starts,
+        p.block_table, p.q.stride(), p.out.stride(), table_stride, p.batch, p.heads_q, p.heads_kv, p.seqlen_q,
+        p.seqlen_k, row_blocks, p.scale * LOG2_E.value, p.window_left, p.k.shape[0],
+        HEAD_DIM=p.head_dim, WIDTH=width, N=n, BLOCK_N=block_n, STAGES=stages, PAGE_SIZE=p.page_size,
+        BATCH=max(128, 1 << (lengths - 1).bit_length()), num_warps=num_warps,
+        launch_pdl=True,  # v8
+    )  # fmt: skip
+    return problem.result()
+
+
+VERSION = Version(
+    family="decoding", number=8, title="the next step is ready",
+    idea="Launched under the kernel before, a step waits with its barriers set up (programmatic dependent launch).",
+    parent=7, requires=Requires(capability=(9, 0), exactly=True, amd=False, interpreter=False),
+    call=call_flash_decoding_v8, kernels=(split_kernel,), tiles=tiles_for, declines=declines, most_queries=16,
+    takes=("window", "starts", "block_table", "check_table"),
+)  # fmt: skip

@@ -1,0 +1,316 @@
+"""Flash decoding v9: 8 bits become 16 on their way into WGMMA.
+
+Idea: FP8 caches at v8's speed a byte. WGMMA takes its left operand from registers, and with the keys as rows that is K
+  or V: a warp loads two columns as one 16-bit number, transposed for V as ldmatrix can only do with 16 bits, and makes
+  float16 of them where they are.
+Changed: K and V lie in the ring as pairs of columns. Which of WGMMA's columns a pair becomes does not matter as long as
+  the query's lie alike; which of its rows it becomes is undone in the output. Factors of heads join the scale and the
+  output.
+Expect: 215 instructions a warp for 64 keys (D=128) where v5 has 439, of 820 cycles that the memory leaves: 1.8 times v8.
+Limits: Hopper; head_dim in multiples of 16; factors of heads, not of blocks of keys (v5 has them); no new keys.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from common.equal_pieces import item_at, keys_in_reach, next_sequence, piece, pieces_for, sharers
+from common.exponent import LN_2, LOG2_E
+from common.hopper import (
+    descriptor,
+    fill,
+    let_next_kernel_start,
+    refuse,
+    release,
+    wait_for_kernel_before,
+    wait_full,
+    why_no_tma,
+    zero_rows,
+)
+from common.launch import Tiles, block_d, cdiv, launch, tuned_tiles
+from common.lineage import Requires, Version
+from common.paged_ring import PANEL, allocate_blocks, fill_from_pages, numbers_of_pages, pages_are_missing
+from common.pairs import as_float16, columns_of_pairs, in_order, pairs_layout, rows_of_pairs
+from common.parts import is_last, merge_parts, store_part
+from common.problem import AttentionProblem
+from common.tickets import tickets
+
+LEAST_PAGE = 8  # keys: rows that TMA swizzles together
+MOST_LENGTHS = 4096  # that all programs look through: more do not fit in their registers
+
+
+@gluon.jit
+def producer(
+    k_desc, v_desc, k_ring, v_ring, work, batch, items, row_blocks, keys, pages, BLOCK_N: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    start, end, total, off_b, base = work
+    table, stride_table, num_pages = pages
+    i = start * 0
+    wait_for_kernel_before()
+    while start < end:
+        b, item, begin, finish = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
+        _, len_k, lo, _ = keys_in_reach(b, batch, keys, BLOCK_N)
+        stop = gl.minimum(finish, end)
+        for j in range(start, stop):
+            start_n = (lo + j - begin) * BLOCK_N
+            if table is None:
+                fill(k_ring, k_desc, [b, item // row_blocks, start_n, 0], i, STAGES)
+                fill(v_ring, v_desc, [b, item // row_blocks, start_n, 0], i, STAGES)
+            else:
+                row = table + b.to(gl.int64) * stride_table
+                found = numbers_of_pages(row, start_n, len_k, num_pages, BLOCK_N, PAGE_SIZE)
+                fill_from_pages(k_ring, k_desc, found, item // row_blocks, start_n % PAGE_SIZE, i, STAGES)
+                fill_from_pages(v_ring, v_desc, found, item // row_blocks, start_n % PAGE_SIZE, i, STAGES)
+            i += 1
+        start = stop
+        off_b, base = next_sequence(start, off_b, base, finish, item, items, keys)
+
+
+@gluon.jit
+def step(
+    i, start_n, q, p_smem, acc, m_i, l_i, first, len_k, last_key, scales, k_ring, v_ring, keys, E5M2: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Block i of the ring, keys start_n...: S^T = K Q^T, softmax down the columns, O^T += V^T P^T."""
+    BLOCK_N: gl.constexpr = l_i.shape[0]
+    WIDTH: gl.constexpr = acc.shape[0]
+    LAYOUT: gl.constexpr = acc.type.layout
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 2)  # v9: the left operand of a product, in registers
+    _, seqlens_k, starts, window_left, _ = keys
+    k = k_ring[0].index(i % STAGES).reshape([BLOCK_N, WIDTH // 2])
+    v = v_ring[0].index(i % STAGES).reshape([BLOCK_N, WIDTH // 2])
+    wait_full(k_ring, i, STAGES)
+    k_even, k_odd = columns_of_pairs(k.load(LEFT), E5M2)  # v9
+    release(k_ring, i, STAGES)
+    qk = warpgroup_mma(k_even, q.index(0).permute((1, 0)), gl.zeros_like(l_i), use_acc=False, is_async=True)
+    qk = warpgroup_mma(k_odd, q.index(1).permute((1, 0)), qk, is_async=True)  # [keys, rows]
+    wait_full(v_ring, i, STAGES)
+    if seqlens_k is not None or starts is not None or window_left is not None:
+        if (start_n + BLOCK_N > len_k) | (start_n < first):  # what lies there may be NaN, which times 0 is NaN
+            for r in gl.static_range(0, BLOCK_N, 16):
+                zero_rows(v.slice(r, 16), first - start_n - r, len_k - start_n - r)
+            fence_async_shared()
+    v16 = rows_of_pairs(v.permute((1, 0)).load(pairs_layout(WIDTH // 2, BLOCK_N)), LEFT, E5M2)  # v9
+    release(v_ring, i, STAGES)
+    qk = warpgroup_mma_wait(0, deps=[qk])
+    offs_n = gl.expand_dims(start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT)), 1)
+    visible = offs_n <= last_key
+    if starts is not None or window_left is not None:
+        visible = visible & (offs_n >= first)
+    if window_left is not None:
+        visible = visible & (offs_n >= last_key - window_left)
+    qk = gl.where(visible, qk * gl.expand_dims(scales, 0), -float("inf"))
+    m_new = gl.maximum(m_i, gl.max(qk, 0))
+    m_safe = gl.where(m_new == -float("inf"), 0.0, m_new)  # a query may be ahead of all keys so far
+    p = gl.exp2(qk - gl.expand_dims(m_safe, 0))
+    alpha = gl.expand_dims(gl.exp2(m_i - m_safe), 0)
+    p_smem.store(gl.permute(p.to(p_smem.dtype), (1, 0)))
+    fence_async_shared()
+    acc = warpgroup_mma(v16, p_smem.permute((1, 0)), acc * alpha, is_async=True)  # [WIDTH, rows]
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    return acc, m_new, l_i * alpha + p
+
+
+@gluon.jit
+def row_offsets(
+    stride, off_b, first_head, start_m, rows, seqlen_q, HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, N: gl.constexpr,
+    STEP: gl.constexpr,
+):  # fmt: skip
+    """Offsets in elements of rows start_m.. of a KV head, head by head, all queries of each, every STEP-th column; mask."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    offs_m = start_m + gl.arange(0, N, layout=gl.SliceLayout(1, LAYOUT))
+    offs_d = STEP * gl.expand_dims(gl.arange(0, WIDTH // STEP, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    offsets = off_b.to(gl.int64) * stride[0] + (first_head + offs_m // seqlen_q).to(gl.int64) * stride[1]
+    offsets += (offs_m % seqlen_q).to(gl.int64) * stride[2]
+    return gl.expand_dims(offsets, 1) + offs_d, gl.expand_dims(offs_m < rows, 1) & (offs_d < HEAD_DIM)
+
+
+@gluon.jit
+def consumer(
+    args, k_ring, v_ring, work, batch, items, row_blocks, keys, pages, PAGE_SIZE: gl.constexpr,
+    HEAD_DIM: gl.constexpr, N: gl.constexpr, E5M2: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    Q, Out, LSE, Parts, Tickets, DescaleK, DescaleV, stride_q, stride_o, group, scale_log2 = args
+    table, stride_table, num_pages = pages
+    seqlen_q = keys[4]
+    rows = group * seqlen_q
+    start, end, total, off_b, base = work
+    BLOCK_N: gl.constexpr = k_ring[0].shape[3]
+    WIDTH: gl.constexpr = 2 * k_ring[0].shape[4]
+    dtype: gl.constexpr = Q.dtype.element_ty
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])  # of S^T and O^T
+    HALF_Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, WIDTH // 2], gl.float16)
+    WEIGHTS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, BLOCK_N], gl.float16)
+    q_smem = gl.allocate_shared_memory(gl.float16, [2, N, WIDTH // 2], HALF_Q)  # v9: even and odd columns
+    p_smem = gl.allocate_shared_memory(gl.float16, [N, BLOCK_N], WEIGHTS)
+    offs_r = gl.arange(0, N, layout=gl.SliceLayout(0, LAYOUT))
+    i = start * 0
+    part = gl.program_id(0) * 2
+    wait_for_kernel_before()
+    while start < end:
+        b, item, begin, finish = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
+        first, len_k, lo, _ = keys_in_reach(b, batch, keys, BLOCK_N)
+        stop = gl.minimum(finish, end)
+        p_first, p_last, slot = sharers(begin, finish, total)  # early: nobody waits for it here
+        first_head, start_m = item // row_blocks * group, item % row_blocks * N
+        even, mask_q = row_offsets(stride_q, b, first_head, start_m, rows, seqlen_q, HEAD_DIM, WIDTH, N, 2)
+        q_even = gl.load(Q + even, mask=mask_q, other=0.0)
+        q_odd = gl.load(Q + even + 1, mask=mask_q, other=0.0)
+        scales = gl.full([N], scale_log2, gl.float32, gl.SliceLayout(0, LAYOUT))
+        if dtype == gl.bfloat16:  # v9: float8 becomes float16 in one step, and so must what it is multiplied with
+            q_even, q_odd, unit = as_float16(q_even, q_odd)
+            scales *= gl.convert_layout(unit, scales.type.layout)
+        q_smem.index(0).store(q_even)
+        q_smem.index(1).store(q_odd)
+        fence_async_shared()
+        descale_v = 1.0
+        if DescaleK is not None:
+            scales *= gl.load(DescaleK + b * (items // row_blocks) + item // row_blocks)
+        if DescaleV is not None:
+            descale_v = gl.load(DescaleV + b * (items // row_blocks) + item // row_blocks)
+        missing = start < 0
+        if table is not None:  # said aloud, where nobody could refuse it; looked at while the first block comes
+            here, gone = (lo + start - begin) * BLOCK_N, (lo + stop - begin) * BLOCK_N
+            row = table + b.to(gl.int64) * stride_table
+            missing = pages_are_missing(row, gl.maximum(here, first), gl.minimum(gone, len_k), num_pages, PAGE_SIZE)
+        last_key = gl.expand_dims((start_m + offs_r) % seqlen_q + (len_k - seqlen_q), 0)  # causal; [1, N]
+        m_i = gl.full([N], -float("inf"), gl.float32, gl.SliceLayout(0, LAYOUT))
+        l_i = gl.zeros([BLOCK_N, N], gl.float32, LAYOUT)
+        acc = gl.zeros([WIDTH, N], gl.float32, LAYOUT)
+        for j in range(start, stop):
+            acc, m_i, l_i = step(
+                i + j - start, (lo + j - begin) * BLOCK_N, q_smem, p_smem, acc, m_i, l_i, first, len_k, last_key,
+                scales, k_ring, v_ring, keys, E5M2, STAGES,
+            )  # fmt: skip
+        l_i = gl.sum(l_i, 0) * gl.where(missing, float("nan"), 1.0)
+        out = acc * gl.expand_dims(gl.where(l_i == 0.0, 0.0, descale_v / l_i), 0)
+        lse = m_i + gl.log2(l_i)  # -inf for a row without keys
+        i += stop - start
+        whole = stop - start == finish - begin
+        if not whole:
+            store_part(Parts, part, out, lse)
+            whole = is_last(Tickets + (b * items + item), p_last - p_first + 1)
+            if whole:
+                out, lse = merge_parts(Parts, p_first, p_last, slot, WIDTH, N, LAYOUT)
+        if whole:
+            offsets, mask = row_offsets(stride_o, b, first_head, start_m, rows, seqlen_q, HEAD_DIM, WIDTH, N, 1)
+            out16 = gl.permute(in_order(out.to(dtype)), (1, 0))
+            gl.store(Out + offsets, gl.convert_layout(out16, offsets.type.layout), mask=mask)
+            if LSE is not None:
+                offs_lse = (b * (items // row_blocks) + item // row_blocks).to(gl.int64) * rows + start_m + offs_r
+                gl.store(LSE + offs_lse, lse * LN_2, mask=start_m + offs_r < rows)
+        part = gl.program_id(0) * 2 + 1
+        start = stop
+        off_b, base = next_sequence(start, off_b, base, finish, item, items, keys)
+
+
+@gluon.jit(do_not_specialize=["batch", "seqlen_k"])
+def split_kernel(
+    Q, k_desc, v_desc,  # [batch, heads_q, seqlen_q, HEAD_DIM], [batch, heads_kv, seqlen_k, pairs of HEAD_DIM] twice
+    Out, LSE,  # like Q; float32 [batch, heads_q, seqlen_q] or None
+    Parts,  # float32 [2 * programs, WIDTH, N], then the like without WIDTH
+    Tickets,  # int32 [items of all sequences], zeros
+    DescaleK, DescaleV,  # float32 [batch, heads_kv] or None
+    seqlens_k, starts,  # int32 [batch] or None
+    BlockTable,  # int32 [batch, pages of a sequence] or None: k and v are [num_pages, heads_kv, PAGE_SIZE, HEAD_DIM]
+    stride_q, stride_o, stride_table,  # (batch, head, row, 1), in elements; of a sequence, in entries
+    batch, heads_q, heads_kv, seqlen_q, seqlen_k, row_blocks, scale_log2, window_left, num_pages,
+    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BATCH: gl.constexpr, PAGE_SIZE: gl.constexpr, E5M2: gl.constexpr,
+):  # fmt: skip
+    k_ring = allocate_blocks(k_desc, BLOCK_N, WIDTH // 2, STAGES)
+    v_ring = allocate_blocks(v_desc, BLOCK_N, WIDTH // 2, STAGES)
+    let_next_kernel_start()
+    if seqlens_k is not None or starts is not None:  # where the pieces depend on memory
+        wait_for_kernel_before()
+    keys = (seqlen_k, seqlens_k, starts, window_left, seqlen_q)
+    pages = (BlockTable, stride_table, num_pages)
+    items = heads_kv * row_blocks
+    work = piece(batch, items, keys, BLOCK_N, BATCH)
+    args = (Q, Out, LSE, Parts, Tickets, DescaleK, DescaleV, stride_q, stride_o, heads_q // heads_kv, scale_log2)
+    gl.warp_specialize([
+        (consumer, (args, k_ring, v_ring, work, batch, items, row_blocks, keys, pages, PAGE_SIZE, HEAD_DIM, N, E5M2,
+                    STAGES)),
+        (producer, (k_desc, v_desc, k_ring, v_ring, work, batch, items, row_blocks, keys, pages, BLOCK_N, PAGE_SIZE,
+                    STAGES)),
+    ], [1], [56])  # fmt: skip
+
+
+def tiles_for(problem: AttentionProblem) -> Tiles:
+    """Blocks of 16 KB of K, fewer keys where many rows take the registers; 128 KB of K and V in the ring."""
+    rows, width = rows_of_a_tile(problem), max(64, block_d(problem))
+    block_n = 16384 // width if rows <= 16 else 64
+    return tuned_tiles("decoding v9", problem) or Tiles(rows, block_n, 4, 65536 // (block_n * width))
+
+
+def rows_of_a_tile(problem: AttentionProblem) -> int:
+    """The rows that share a KV head, or some of them, as many as the accumulators have registers for."""
+    most = {64: 64, 128: 32, 256: 16}[max(64, block_d(problem))]
+    return min(most, max(8, 1 << (problem.group * problem.seqlen_q - 1).bit_length()))
+
+
+def declines(
+    q, k, v, *, num_splits=None, seqlens_k=None, starts=None, block_table=None, descale_k=None, descale_v=None, **_
+):  # fmt: skip
+    """What this version does not serve of a call's arguments: one line, or None."""
+    if any(getattr(x, "ndim", 0) != 4 for x in (q, k, v)):
+        return "takes q, k and v of four dimensions"
+    if q.dtype.itemsize != 2 or k.dtype.itemsize != 1 or v.dtype != k.dtype:
+        return f"takes caches of float8, not {k.dtype}"
+    if any(getattr(x, "ndim", 0) == 3 for x in (descale_k, descale_v)):
+        return "takes descales of heads, not of blocks of keys"
+    if num_splits is not None:
+        return "takes no num_splits: its pieces are equal"
+    if q.shape[-1] % 16:
+        return f"takes head_dim in multiples of 16, not {q.shape[-1]}: TMA wants steps of 16 bytes"
+    if q.shape[0] > MOST_LENGTHS and (seqlens_k is not None or starts is not None):
+        return f"takes seqlens_k and starts of up to {MOST_LENGTHS} sequences, not {q.shape[0]}"
+    if block_table is not None and k.shape[2] < LEAST_PAGE:
+        return f"takes pages of {LEAST_PAGE} keys and more, not {k.shape[2]}"
+    return why_no_tma(k, v)
+
+
+def call_flash_decoding_v9(
+    q, k, v, *, scale=None, seqlens_k=None, num_splits=None, return_lse=False, out=None, tiles=None, window=None,
+    starts=None, block_table=None, check_table=False, descale_k=None, descale_v=None,
+):  # fmt: skip
+    """Attention of up to 16 queries a sequence, q [B, Hq, Sq, D], k, v [B, Hkv, Sk, D]: see decoding.flash_decoding."""
+    p = problem = AttentionProblem.decoding(
+        q, k, v, scale=scale, seqlens_k=seqlens_k, num_splits=num_splits, return_lse=return_lse, out=out,
+        most_queries=VERSION.most_queries, window=window, starts=starts, block_table=block_table,
+        check_table=check_table, descale_k=descale_k, descale_v=descale_v, fp8_caches=True,
+    )  # fmt: skip
+    beyond = dict(
+        num_splits=num_splits, seqlens_k=seqlens_k, starts=starts, block_table=block_table, descale_k=descale_k,
+        descale_v=descale_v,
+    )  # fmt: skip
+    refuse(problem, declines(p.q, p.k, p.v, **beyond), "decoding.flash_decoding")
+    n, block_n, num_warps, stages = tiles or tiles_for(problem)
+    lengths = 1 if seqlens_k is None and starts is None else p.batch
+    width, row_blocks, programs = max(64, block_d(p)), cdiv(p.group * p.seqlen_q, n), pieces_for(p)
+    k_pairs, v_pairs = p.k.view(torch.float16), p.v.view(torch.float16)  # v9: nobody computes with them
+    box = (block_n, width // 2) if p.block_table is None else (min(block_n, p.page_size), min(width // 2, PANEL))
+    table_stride = None if p.block_table is None else p.block_table.stride(0)
+    parts = torch.empty(2 * programs * n * (width + 1), dtype=torch.float32, device=p.q.device)
+    launch(
+        split_kernel, (programs,), p.q.device,
+        p.q, descriptor(k_pairs, *box), descriptor(v_pairs, *box), p.out, p.lse,
+        parts, tickets(p.batch * p.heads_kv * row_blocks, p.q.device), p.descale_k, p.descale_v,
+        p.seqlens_k, p.starts, p.block_table, p.q.stride(), p.out.stride(), table_stride, p.batch, p.heads_q, p.heads_kv, p.seqlen_q,
+        p.seqlen_k, row_blocks, p.scale * LOG2_E.value, p.window_left, p.k.shape[0],
+        HEAD_DIM=p.head_dim, WIDTH=width, N=n, BLOCK_N=block_n, STAGES=stages, PAGE_SIZE=p.page_size,
+        E5M2=p.k.dtype == torch.float8_e5m2, BATCH=max(128, 1 << (lengths - 1).bit_length()), num_warps=num_warps,
+        launch_pdl=True,
+    )  # fmt: skip
+    return problem.result()
+
+
+VERSION = Version(
+    family="decoding", number=9, title="8 bits become 16 in registers",
+    idea="FP8 caches on WGMMA: pairs of 8-bit numbers are read as 16-bit operands and become float16 in registers.",
+    parent=8, requires=Requires(capability=(9, 0), exactly=True, amd=False, interpreter=False),
+    call=call_flash_decoding_v9, kernels=(split_kernel,), tiles=tiles_for, declines=declines, most_queries=16, fp8=True, half=False,
+    takes=("window", "starts", "block_table", "check_table", "descale_k", "descale_v"),
+)  # fmt: skip
