@@ -14,6 +14,11 @@ fp8_versions = all_versions("prefill", fp8=True)
 CASE = Case(2, 4, 2, 37, 75, 59, causal=True)
 
 
+def magnitude(y):
+    """Float8 numbers without their signs, counted from zero."""
+    return y.view(torch.uint8).int() & 0x7F
+
+
 def quantized(q, k, v, fp8_dtype):
     with guarded_memory():
         return quantize_fp8(q, k, v, fp8_dtype)
@@ -23,15 +28,22 @@ def quantized(q, k, v, fp8_dtype):
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("layout", ["bhsd", "bshd", "sliced", "last-strided", "one-head"])
 def test_values_and_scales(fp8_dtype, dtype, layout, device):
-    """One scale a head, the largest value of a head at the format's largest, the rest rounded to nearest."""
+    """One scale a head, the largest value of a head at the format's largest, the rest rounded to nearest, those of V
+    here and there to the next number.
+    """
     case = Case(2, 4, 2, 37, 75, 59, layout=layout)
     q, k, v = case.tensors(dtype, device)
     found = quantized(q, k, v, fp8_dtype)
     for x, y, descale in zip((q, k, v), found[:3], found[3:], strict=True):
         assert y.dtype == FP8[fp8_dtype] and y.shape == x.shape
         assert descale.dtype == torch.float32 and descale.shape == x.shape[:2]
-        torch.testing.assert_close(y.float() * descale[..., None, None], round_fp8(x, fp8_dtype), rtol=1e-6, atol=0)
-        assert (y.float().abs().amax((2, 3)) == torch.finfo(FP8[fp8_dtype]).max).all()
+        nearest = round_fp8(x, fp8_dtype)
+        if x is v:
+            steps = (magnitude(y) - magnitude((nearest / descale[..., None, None]).to(y.dtype))).abs()
+            assert steps.max() == 1 and steps.float().mean() < 0.1
+        else:
+            torch.testing.assert_close(y.float() * descale[..., None, None], nearest, rtol=1e-6, atol=0)
+        assert (y.float().abs().amax((2, 3)) == torch.finfo(y.dtype).max).all()
 
 
 @pytest.mark.parametrize("seqlen_k", [1, 15, 16, 75])
@@ -41,6 +53,58 @@ def test_keys_of_v_are_contiguous(seqlen_k, device):
     assert found.v.stride(2) == 1 and found.v.data_ptr() % 16 == 0
     assert all(stride % 16 == 0 for stride in (found.v.stride(0), found.v.stride(1), found.v.stride(3)))
     assert found.q.stride(3) == found.k.stride(3) == 1
+
+
+@formats
+@pytest.mark.parametrize("kind", ["normal", "offset", "outliers"])
+def test_errors_of_v_cancel(fp8_dtype, kind, device):
+    """Over 128 keys they sum to less than those of the nearest numbers do, and in no column to more. The numbers
+    themselves are hardly less exact, small ones in a column with a large one too.
+    """
+    q, k, v = Case(2, 2, 2, 5, 520, 136).tensors("bf16", device)
+    v = v + 5.0 if kind == "offset" else v
+    if kind == "outliers":
+        v[:, :, 7::128] *= 999
+    found = quantized(q, k, v, fp8_dtype)
+    descale = found.descale_v[..., None, None]
+    here, nearest = (y / descale - v.float() / descale for y in (found.v.float() * descale, round_fp8(v, fp8_dtype)))
+    sums, before = (torch.stack([some.sum(2) for some in error.split(128, 2)], 2) for error in (here, nearest))
+    assert (sums.abs() <= 1.001 * before.abs() + 0.01).all()
+    assert sums[:, :, :4].norm() < {"normal": 0.5, "offset": 0.67, "outliers": 1.0}[kind] * before[:, :, :4].norm()
+    assert here.norm() < 1.02 * nearest.norm()
+    small = v.abs() < v.abs().amax() / 100
+    if small.any():
+        assert here[small].norm() < 1.05 * nearest[small].norm()
+
+
+@formats
+def test_what_float8_holds_stays(fp8_dtype, device):
+    """All numbers of the format, in columns whose other numbers pull at them."""
+    dtype = FP8[fp8_dtype]
+    held = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    held = held[held.isfinite()]
+    v = torch.randn(1, 1, 2 * len(held), 32, generator=torch.Generator().manual_seed(0))
+    v[0, 0, ::2] = held[:, None]
+    v = v.half().to(device) if fp8_dtype == "e4m3" else v.bfloat16().to(device)
+    found = quantized(v, v, v, fp8_dtype)
+    assert found.descale_v.item() == 1.0
+    assert torch.equal(found.v.float()[:, :, ::2], v.float()[:, :, ::2])
+    assert not torch.equal(found.v.float(), found.k.float())
+
+
+def test_unused_keys_have_no_say(device):
+    """What lies past seqlens_k, NaN too, changes no bit of V before it."""
+    q, k, v = Case(2, 2, 2, 5, 300, 32).tensors("bf16", device)
+    lengths = torch.tensor([300, 200], dtype=torch.int32, device=device)
+    found = []
+    for junk in (0.0, 0.3, math.nan):
+        v[1, :, 200:] = junk
+        problem = AttentionProblem.prefill(q, k, v, seqlens_k=lengths, use_fp8=True)
+        quantize_problem(problem, "e4m3")
+        found.append(problem.v)
+    for v8 in found[1:]:
+        assert torch.equal(tensor_bytes(v8[1, :, :200]), tensor_bytes(found[0][1, :, :200]))
+        assert torch.equal(tensor_bytes(v8[0]), tensor_bytes(found[0][0]))
 
 
 @formats

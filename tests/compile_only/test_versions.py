@@ -82,6 +82,21 @@ def test_default_tiles(cell):
         assert 0.97 * written <= sum(i.kind == "exponentials" for i in first.code.instructions) <= written
 
 
+@pytest.mark.parametrize(
+    "name, dtype, head_dim", [("v8", "e4m3", 64), ("v9", "fp16", 64), ("v10", "e4m3", 64), ("v10", "e4m3", 128)]
+)
+def test_tiles_of_short_sequences(name, dtype, head_dim):
+    """Versions that cut few rows otherwise: no spills, and shared memory within the limit."""
+    version = find_version("prefill", name)
+    shape = {"dtype": dtype, "head_dim": head_dim}
+    both = [compile_version(version, "sm_90", seqlen=seqlen, **shape) for seqlen in (8192, 512)]
+    long, short = (next(kernel for kernel in kernels if kernel.own) for kernels in both)
+    found = facts(short)
+    assert found["spills"] <= SPILLS.get(("prefill", name, head_dim), (0, ""))[0], found
+    assert found["shared"] <= found["shared_limit"], found
+    assert short.constants != long.constants
+
+
 def compiled_pages(version, arch, dtype, head_dim, page_size, seqlen_q, **more):
     """The kernel of one call, compiled through the version's own launch. page_size None: a contiguous cache. more:
     "append", "window"; of float8 caches "descales", "head" or the keys of a block, and "q", a dtype.
