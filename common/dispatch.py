@@ -86,7 +86,7 @@ def prepare(kernel, compiled, positional: int, options: dict) -> "Prepared | Non
 class Prepared:
     """A compiled kernel that is launched with the values of known_by."""
 
-    __slots__ = ("call", "compiled", "descriptors", "encoded", "in_c", "kernel", "order", "stream_of")
+    __slots__ = ("call", "compiled", "constant", "descriptors", "encoded", "in_c", "kernel", "order", "stream_of")
 
     def __init__(self, kernel, compiled, positional: int, options: dict):
         from triton.backends.nvidia.driver import CudaLauncher
@@ -101,14 +101,14 @@ class Prepared:
         self.encoded = {}
         try:
             self.descriptors = _descriptors(compiled)
-            self.call, self.in_c = _call_in_c(compiled, bool(self.descriptors)), True
-        except Exception:  # the kernel wants scratch memory, or Triton has changed
-            self.descriptors = ()
-            self.call, self.in_c = _call_in_python(compiled), False
+            (self.call, self.constant), self.in_c = _call_in_c(compiled, bool(self.descriptors)), True
+        except Exception:  # the kernel wants scratch memory, which Triton's launcher takes, or Triton has changed
+            self.descriptors, self.in_c = (), False
+            self.call, self.constant = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
 
     def __call__(self, grid: tuple, device: torch.device, values: list):
         x, y, z = (*grid, 1, 1)[:3]
-        self.call(x, y, z, self.stream_of(device.index), self.arguments(values))
+        self.call(x, y, z, self.stream_of(device.index), *self.constant, *self.arguments(values))
 
     def arguments(self, values: list) -> tuple | list:
         """`values` in the kernel's order; descriptors as what they are encoded as."""
@@ -148,9 +148,9 @@ def _descriptors(compiled) -> list:
 
 
 def _call_in_c(compiled, has_descriptors: bool):
-    """call(x, y, z, stream, arguments): the C function as Triton's launcher calls it, descriptors encoded before.
+    """call, constant: call(x, y, z, stream, *constant, *arguments) is what Triton's launcher does, descriptors encoded.
 
-    What it is given besides is what the launcher itself gives it, when it is called with marks.
+    What the C function is given besides is what the launcher itself gives it, when it is called with marks.
     """
     launcher, given, marks, arguments = copy.copy(compiled.run), [], [object() for _ in range(4)], (object(), object())
     in_c, launcher.launch = launcher.launch, lambda *args: given.extend(args)
@@ -159,18 +159,7 @@ def _call_in_c(compiled, has_descriptors: bool):
         in_c = inspect.getclosurevars(in_c).nonlocals["launcher"]
     if given[:4] == marks and given[-1] == arguments:  # from Triton 3.7 on
         constant = given[4:-1]
-        return lambda x, y, z, stream, arguments: in_c(x, y, z, stream, *constant, arguments)
+        return lambda x, y, z, stream, *arguments: in_c(x, y, z, stream, *constant, arguments), ()
     if given[:4] == marks and tuple(given[-2:]) == arguments:
-        constant = given[4:-2]
-        return lambda x, y, z, stream, arguments: in_c(x, y, z, stream, *constant, *arguments)
+        return in_c, tuple(given[4:-2])
     raise NotImplementedError("a launcher that is not known here")
-
-
-def _call_in_python(compiled):
-    """The like by Triton's launcher, which takes scratch memory for kernels that want some."""
-    launcher, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-
-    def call(x, y, z, stream, arguments):
-        launcher(x, y, z, stream, function, metadata, None, None, None, *arguments)
-
-    return call

@@ -11,7 +11,8 @@ import contextlib
 import functools
 import marshal
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Collection
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +23,8 @@ from common import dispatch
 
 MOST = 4096  # kinds of calls that are remembered
 EMPTY = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided")
+
+STREAM = 3  # its position among a launch's arguments, after the grid
 
 _recipes: dict[tuple, "Recipe | bool"] = {}  # True: seen once; False: has no recipe
 _least_device = 0 if torch.version.hip is None else 2**30  # of the devices whose calls are remembered
@@ -117,8 +120,7 @@ class Recording(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
         if name in EMPTY and isinstance(result, torch.Tensor):
-            like = dict(dtype=result.dtype, device=result.device)
-            self.made.append((result, functools.partial(torch.empty_strided, result.shape, result.stride(), **like)))
+            self.made.append((result, _maker(result)))
         elif func._schema.is_mutable or not _is_view(result, args):
             raise NoRecipe(f"computes with {name}")
         return result
@@ -129,6 +131,29 @@ class Recording(TorchDispatchMode):
         self.counts[len(self.made) - 1] = count
         self.made[-1] = (found, functools.partial(make, count, device))
         return found
+
+
+def on(device: torch.device):
+    """Inside, `device` is the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _maker(like: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A function that makes tensors like one, whose device is then the current one.
+
+    Without PyTorch's dispatcher, as code that it compiled allocates: in half the time.
+    """
+    shape, strides = tuple(like.shape), like.stride()
+    try:
+        quick = getattr(torch._C._dynamo.guards, f"_empty_strided_{like.device.type}")
+        make = functools.partial(quick, shape, strides, like.dtype)
+        with on(like.device):
+            found = make()
+        if (found.shape, found.stride(), found.dtype, found.device) == (shape, strides, like.dtype, like.device):
+            return make
+    except Exception:  # of whatever kind: PyTorch has changed, and its public function works
+        pass
+    return functools.partial(torch.empty_strided, shape, strides, dtype=like.dtype, device=like.device)
 
 
 def _is_view(result, args) -> bool:
@@ -166,9 +191,13 @@ class Recipe:
         for check, name, x, most in taken.checks:
             check(name, x, most)
         self.sources = [*self.given, *(x for x, _ in taken.made)]
-        self.device, self.stream_of = self.given[0].device, lambda index: None
+        self.device = self.given[0].device
+        self.index, self.current_device, self.stream_of = None, lambda: None, lambda index: None
+        if self.device.type == "cuda":
+            self.index = self.device.index
+            self.current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)  # the quicker one
         self.kept = []  # tensors of the program's own, and compiled kernels
-        self.steps = [self._step(*launch, dispatched) for launch in taken.launches]
+        self.launches = [self._launch(*launch, dispatched) for launch in taken.launches]
         self.checks = [(check, name, self._source(x), most) for check, name, x, most in taken.checks]
         results = result if isinstance(result, tuple) else (result,)
         self.results = [self._result(x) for x in results]
@@ -197,11 +226,10 @@ class Recipe:
         same = x.shape == like.shape and x.stride() == like.stride()
         return source, None if same else (x.shape, x.stride())
 
-    def _step(self, kernel, grid: tuple, args: tuple, options: dict, dispatched: bool):
-        """A launch as a function of the tensors, their addresses and the stream."""
+    def _launch(self, kernel, grid: tuple, args: tuple, options: dict, dispatched: bool) -> "Launch":
         prepared = None
-        if self.device.type == "cuda" and isinstance(kernel, JITFunction):
-            with torch.cuda.device(self.device):
+        if isinstance(kernel, JITFunction):
+            with on(self.device):
                 compiled = kernel.run(*args, grid=grid, warmup=True, **options)
                 prepared = dispatch.prepare(kernel, compiled, len(args), options)
         if prepared is not None and prepared.in_c:
@@ -210,78 +238,95 @@ class Recipe:
             raise NoRecipe("launches what common/dispatch.py does not")
         return self._through_triton(kernel, grid, args, options)
 
-    def _dispatched(self, prepared: dispatch.Prepared, grid, arguments):
-        template, pointers, maps, encoders = [], [], [], dict(prepared.descriptors)
-        for i, x in enumerate(arguments):
+    def _dispatched(self, prepared: dispatch.Prepared, grid, values) -> "Launch":
+        arguments, places, encoders = [*(*grid, 1, 1)[:3], None, *prepared.constant], [], dict(prepared.descriptors)
+        for i, x in enumerate(values):
             if isinstance(x, torch.Tensor):
                 source = self._source(x)
                 if source is not None:
-                    pointers.append((len(template), source))
+                    places.append((len(arguments), source, torch.Tensor.data_ptr))
                 else:
                     self.kept.append(x)
-                template.append(x.data_ptr())
+                arguments.append(x.data_ptr())
             elif i in encoders:
                 if (source := self._source(x.base)) is None:
                     raise NoRecipe("describes a tensor that it did not make")
-                maps.append((len(template), source, _Maps(x, encoders[i])))
-                template += encoders[i](x)
+                places.append((len(arguments), source, _Maps(x, encoders[i])))
+                arguments += encoders[i](x)
             else:
-                template.append(x)
-        call, (x, y, z) = prepared.call, (*grid, 1, 1)[:3]
+                arguments.append(x)
         self.stream_of = prepared.stream_of
         self.kept.append(prepared)
+        return Launch(prepared.call, arguments, places)
 
-        def step(tensors, addresses, stream):
-            arguments = template.copy()
-            for i, source in pointers:
-                arguments[i] = addresses[source]
-            for i, source, encoded in maps:
-                arguments[i] = encoded(tensors[source], addresses[source])
-            call(x, y, z, stream, arguments)
-
-        return step
-
-    def _through_triton(self, kernel, grid, args, options):
+    def _through_triton(self, kernel, grid, args, options) -> "Launch":
         values = [*args, *options.values()]
         if any(isinstance(x, TensorDescriptor) for x in values):
             raise NoRecipe("describes tensors for TMA")
-        sources = [(i, self._source(x), x.dtype) for i, x in enumerate(values) if isinstance(x, torch.Tensor)]
-        sources = [(i, source, dtype) for i, source, dtype in sources if source is not None]
-        for i, _, _ in sources:
-            values[i] = None
-        names, positional = tuple(options), len(args)
+        # references, since settled launches keep no tensor
+        arguments, places, dtypes = [*(*grid, 1, 1)[:3], None, *values], [], {}
+        for i, x in enumerate(arguments):
+            if isinstance(x, torch.Tensor) and (source := self._source(x)) is not None:
+                places.append((i, source, weakref.ref))
+                dtypes[i], arguments[i] = x.dtype, None
+        axes, first, names = len(grid), STREAM + 1 + len(args), tuple(options)
 
-        def step(tensors, addresses, stream):
-            given = values.copy()
-            for i, source, dtype in sources:
-                given[i] = tensors[source].view(dtype)
-            kernel[grid](*given[:positional], **dict(zip(names, given[positional:], strict=True)))
+        def call(*arguments):
+            given = list(arguments)
+            for i, dtype in dtypes.items():
+                given[i] = given[i]().view(dtype)
+            kernel[arguments[:axes]](*given[STREAM + 1 : first], **dict(zip(names, given[first:], strict=True)))
 
-        return step
+        return Launch(call, arguments, places)
 
     def __call__(self, tensors: list):
+        if self.current_device() != self.index:
+            with on(self.device):
+                return self(tensors)
         for check, name, source, most in self.checks:
             check(name, tensors[source], most)
         tensors = [*tensors, *(make() for make in self.make)]
-        return self.launch(tensors, [x.data_ptr() for x in tensors])
+        stream = self.stream_of(self.index)
+        for launch in self.launches:
+            launch.run(tensors, stream)
+        return self.result(tensors)
 
-    def launch(self, tensors: list, addresses: list):
-        """The launches on all tensors, those that the call makes too; and its results."""
-        if self.device.type != "cuda" or self.device.index == torch.cuda.current_device():
-            stream = self.stream_of(self.device.index)
-            for step in self.steps:
-                step(tensors, addresses, stream)
-        else:
-            with torch.cuda.device(self.device):
-                stream = self.stream_of(self.device.index)
-                for step in self.steps:
-                    step(tensors, addresses, stream)
-        if self.single:
-            source, view = self.results[0]
-            return tensors[source] if view is None else tensors[source].as_strided(*view)
-        return tuple(
-            tensors[source] if view is None else tensors[source].as_strided(*view) for source, view in self.results
-        )
+    def result(self, tensors: list | dict):
+        """What the call returns, of its tensors by number: those that it was given, those that it made."""
+        results = ((tensors[source], view) for source, view in self.results)
+        found = tuple(x if view is None else x.as_strided(*view) for x, view in results)
+        return found[0] if self.single else found
+
+
+class Launch:
+    """call(x, y, z, stream, ...), but for the tensors: places are (position, number of the tensor, function that makes
+    the argument of it). `run` fills in the places that are open, all or some; the others are settled before.
+    """
+
+    __slots__ = ("arguments", "call", "open", "places")
+
+    def __init__(self, call: Callable, arguments: list, places: list, still_open: list | None = None):
+        self.call, self.arguments, self.places = call, arguments, places
+        self.open = places if still_open is None else still_open
+
+    def run(self, tensors: list | dict, stream: int | None):
+        arguments = self.arguments.copy()  # another thread may be here too
+        arguments[STREAM] = stream
+        for i, source, argument in self.open:
+            arguments[i] = argument(tensors[source])
+        self.call(*arguments)
+
+    def only(self, sources: Collection[int]) -> "Launch":
+        """The like, of which just these tensors are open."""
+        return Launch(self.call, self.arguments, self.places, [place for place in self.places if place[1] in sources])
+
+    def settled(self, tensors: dict[int, torch.Tensor]) -> "Launch":
+        """The like with these tensors in it, of which it keeps none."""
+        arguments = self.arguments.copy()
+        for i, source, argument in self.places:
+            if source in tensors:
+                arguments[i] = argument(tensors[source])
+        return Launch(self.call, arguments, self.places, self.open)
 
 
 class _Maps:
@@ -291,7 +336,8 @@ class _Maps:
         self.fields = {name: value for name, value in vars(descriptor).items() if name != "base"}
         self.encode, self.encoded = encode, {}
 
-    def __call__(self, x: torch.Tensor, address: int):
+    def __call__(self, x: torch.Tensor):
+        address = x.data_ptr()
         found = self.encoded.get(address)
         if found is None:
             if len(self.encoded) >= dispatch.MOST:

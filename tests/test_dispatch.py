@@ -15,6 +15,9 @@ from triton.runtime.jit import JITFunction, compute_cache_key, create_function_f
 
 from common import dispatch
 from common.hopper import descriptor
+from common.launch import launch
+from common.plan import Plan
+from common.replay import Recipe
 
 GPU = torch.device("cuda", 0)
 
@@ -110,7 +113,7 @@ class Fake:
             src=types.SimpleNamespace(signature=signature), metadata=types.SimpleNamespace(tensordesc_meta=metas),
         )  # fmt: skip
         utils = types.SimpleNamespace(fill_tma_descriptor=self.encode, fill_tma_descriptor_tiled=self.encode)
-        active = types.SimpleNamespace(get_current_stream=lambda device: 70 + device, utils=utils)
+        active = types.SimpleNamespace(get_current_stream=lambda device: 70 + (device or 0), utils=utils)
         monkeypatch.setattr(triton.runtime.driver, "_active", active)
         monkeypatch.setattr(dispatch, "_prepared", {})
 
@@ -253,3 +256,153 @@ def test_nothing_of_the_callers_is_kept(monkeypatch):
         fake.seen.clear()
         del x
         assert gone() is None
+
+
+# ---- calls that repeat, and plans
+
+
+def three_launches(fake, tma):
+    """A call of the kernel's, with a result and with scratch memory."""
+
+    def call(q, k, v, *, lengths, out=None):
+        out = torch.empty_like(q) if out is None else out
+        scratch = torch.empty(8, dtype=torch.float32)
+        for grid, *args in ((3, 2), k, v, scratch), ((5,), q, lengths, (1, 2)), ((2, 3, 4), q, out, scratch):
+            args[0] = descriptor(args[0], 16, 64) if tma else args[0]
+            launch(fake.kernel, grid, q.device, *args, BLOCK=16, EVEN=True, num_warps=4)
+        return out
+
+    return call
+
+
+def some_tensors() -> dict:
+    q, k, v = torch.zeros(3, 1, 1, 32, 64, dtype=torch.float16).unbind()
+    return {"q": q, "k": k, "v": v, "lengths": torch.zeros(2, dtype=torch.int32)}
+
+
+def launched(fake, tensors: dict) -> list:
+    """Which of the tensors each launch since the last time had, by name."""
+
+    def flat(x):
+        return [z for y in x for z in flat(y)] if isinstance(x, tuple | list) else [x]
+
+    by_address = {torch.Tensor.data_ptr(x): name for name, x in tensors.items()}
+    found = [[by_address[x] for x in flat(args) if isinstance(x, int) and x in by_address] for args in fake.seen]
+    assert all(args[3] == 70 for args in fake.seen)
+    assert [args[:3] for args in fake.seen] == [(3, 2, 1), (5, 1, 1), (2, 3, 4)] * (len(found) // 3)
+    fake.seen.clear()
+    return found
+
+
+EACH = [["k", "v"], ["q", "lengths"], ["q", "out"]]  # scratch memory aside
+with_and_without_tma = pytest.mark.parametrize("tma", [False, True], ids=["pointers", "TMA"])
+
+
+@with_and_without_tma
+def test_a_recipe_launches_on_the_tensors_of_the_call(monkeypatch, tma):
+    """A descriptor is encoded once for an address."""
+    fake, first, second = Fake(monkeypatch, tma), some_tensors(), some_tensors()
+    *positional, lengths = first.values()
+    recipe = Recipe(three_launches(fake, tma), tuple(positional), {"lengths": lengths})
+    fake.seen.clear()
+    for again in False, True:
+        encoded = fake.encoded
+        for tensors in second, first:
+            out = recipe([*tensors.values()])
+            assert launched(fake, tensors | {"out": out}) == EACH
+        assert fake.encoded == encoded or not again
+
+
+@with_and_without_tma
+@pytest.mark.parametrize("given", [False, True], ids=["own outputs", "given outputs"])
+def test_a_plan_launches_on_the_tensors_of_the_call(monkeypatch, tma, given):
+    """Whichever of them are those of the call before, which are not looked at again."""
+    fake, tensors, outputs = Fake(monkeypatch, tma), some_tensors(), []
+    plan = Plan(three_launches(fake, tma), tensors, {})
+    [scratch] = plan._own.values()
+    fake.seen.clear()
+    for change in tuple(tensors), ("q",), ("k",), ("v",), ("lengths",), ("q", "v"), ("k", "lengths"), ():
+        others, out = some_tensors(), {"out": torch.empty_like(tensors["q"])} if given else {}
+        old = {f"old {name}": tensors[name] for name in change}
+        tensors |= {name: others[name] for name in change}
+        outputs.append(plan(**tensors, **out))
+        assert launched(fake, old | tensors | {"out": outputs[-1]}) == EACH
+        with monkeypatch.context() as patch:
+            patch.setattr(Plan, "_checked", lambda *args: pytest.fail("was checked before"))
+            again = plan(**tensors, **out)
+        assert launched(fake, old | tensors | {"out": again}) == EACH
+        assert (again is outputs[-1]) == given
+    assert len({x.data_ptr() for x in outputs}) == len(outputs)
+    plan(**tensors)
+    assert launched(fake, {"scratch": scratch}) == [["scratch"], [], ["scratch"]]
+
+
+def test_a_tensor_that_has_moved(monkeypatch):
+    """The same object, with other memory."""
+    fake, tensors = Fake(monkeypatch, tma=True), some_tensors()
+    plan, tensors["out"] = Plan(three_launches(fake, tma=True), tensors, {}), torch.empty_like(tensors["q"])
+    plan(**tensors)
+    fake.seen.clear()
+    for x in tensors.values():
+        old = x.data
+        x.data = torch.zeros_like(x)
+        plan(**tensors)
+        assert launched(fake, tensors | {"old": old}) == EACH
+
+
+def test_a_refused_call_leaves_nothing_behind(monkeypatch):
+    """Nor the tensors that were right."""
+    fake, tensors = Fake(monkeypatch), some_tensors()
+    plan = Plan(three_launches(fake, tma=False), tensors, {})
+    plan(**tensors)
+    fake.seen.clear()
+    tensors["q"] = some_tensors()["q"]
+    with pytest.raises(ValueError, match="lengths: this plan is for dtype"):
+        plan(**tensors | {"lengths": tensors["lengths"].long()})
+    out = plan(**tensors)
+    assert launched(fake, tensors | {"out": out}) == EACH
+
+
+@pytest.mark.parametrize("when", range(6))
+def test_threads_share_a_plan(monkeypatch, when):
+    """Each launches on its own tensors, wherever the other comes between: at an address, or at the stream."""
+    fake, mine, theirs = Fake(monkeypatch, tma=True), some_tensors(), some_tensors()
+    occasions = []
+
+    def occasion():
+        occasions.append(...)
+        if len(occasions) == when + 1:
+            out = plan(**theirs)
+            assert launched(fake, theirs | {"out": out}) == EACH
+
+    class Interrupting(torch.Tensor):
+        def data_ptr(self):
+            occasion()
+            return super().data_ptr()
+
+    def stream(device):
+        occasion()
+        return 70
+
+    triton.runtime.driver._active.get_current_stream = stream
+    plan = Plan(three_launches(fake, tma=True), mine, {})
+    fake.seen.clear()
+    mine["k"] = mine["k"].as_subclass(Interrupting)
+    for _ in range(2):
+        mine["v"] = some_tensors()["v"]
+        out = plan(**mine)
+        assert launched(fake, mine | {"out": out}) == EACH
+    assert len(occasions) > when
+
+
+@with_and_without_tma
+def test_a_plan_keeps_nothing_of_the_callers(monkeypatch, tma):
+    fake, tensors = Fake(monkeypatch, tma), some_tensors()
+    plan = Plan(three_launches(fake, tma), tensors, {})
+    plan(**tensors)
+    tensors["out"] = torch.empty_like(tensors["q"])
+    plan(**tensors)
+    fake.seen.clear()
+    gone = [weakref.ref(x) for x in tensors.values()]
+    tensors.clear()
+    assert all(x() is None for x in gone)

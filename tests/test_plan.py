@@ -1,6 +1,7 @@
 """Plans for decoding steps: what flash_decoding gives, for contents that change, and refusals where kinds do."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -152,10 +153,48 @@ def test_other_kinds_are_refused(change, error, message, warm, device, monkeypat
     given = {"q": q, "k": k, "v": v} | options
     if warm:
         plan(**given)
-    monkeypatch.setattr(replay.Recipe, "launch", lambda *args: pytest.fail("launched"))
+    monkeypatch.setattr(replay.Launch, "run", lambda *args: pytest.fail("launched"))
     given = {name: x for name, x in (given | change(given)).items() if x is not ...}
     with pytest.raises(error, match=message):
         plan(**given)
+
+
+@pytest.mark.parametrize("name", ["q", "v", "seqlens_k"])
+def test_none_is_no_tensor(name, device):
+    """Not even where the last call's has gone."""
+    q, k, v, options = step("lengths", device, 0)
+    plan, given = plan_decoding(q, k, v, **options), {"q": q, "k": k, "v": v} | options
+    del q, k, v, options
+    for _ in range(2):
+        with pytest.raises(TypeError, match=f"{name}: must be a torch.Tensor, it is NoneType"):
+            plan(**given | {name: None})
+        plan(**given)
+        given[name] = given[name].clone()
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "seqlens_k", "out"])
+def test_a_tensor_that_has_moved(name, device):
+    """The same object with other memory: contents there count, and the kind of its address."""
+    q, k, v, options = step("lengths", device, 0)
+    plan, given = plan_decoding(q, k, v, **options), {"q": q, "k": k, "v": v, "out": torch.empty_like(q)} | options
+    plan(**given)
+    *others, changed = step("lengths", device, 1)
+    given[name].data = (dict(zip("qkv", others, strict=True)) | changed | {"out": torch.empty_like(q)})[name]
+    assert plan(**given) is given["out"]
+    assert torch.equal(given["out"], flash_decoding(q, k, v, **options))
+    x = given[name]
+    x.data = x.new_zeros(x.numel() + 1)[1:].view(x.shape)
+    with pytest.raises(ValueError, match=f"{name}: this plan is for address modulo 16 0, not {x.itemsize}"):
+        plan(**given)
+
+
+def test_nothing_of_the_callers_is_kept(device):
+    q, k, v, options = step("lengths", device, 0)
+    plan, out = plan_decoding(q, k, v, **options), torch.empty_like(q)
+    plan(q, k, v, **options, out=out)
+    gone = [weakref.ref(x) for x in (q, k, v, out, *options.values())]
+    del q, k, v, options, out
+    assert all(x() is None for x in gone)
 
 
 def test_no_plan_for_copies(device):

@@ -240,6 +240,23 @@ def test_a_profiler_sees_triton_launch(counted, device, monkeypatch):
     assert len(made) == 3
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_what_a_call_makes(quick, device, monkeypatch):
+    """Of the same kind and always other memory, with the function that PyTorch's compiled code has or without."""
+    if not quick:
+        monkeypatch.setattr(torch._C._dynamo, "guards", None)
+    for shape, strides in ((2, 3), (3, 1)), ((2, 3), (1, 2)), ((2, 3), (5, 1)), ((0, 3), (3, 1)), ((), ()):
+        for dtype in torch.float16, torch.int32, torch.float8_e5m2:
+            like = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            make = replay._maker(like)
+            assert quick == (make.func is not torch.empty_strided)
+            one, other = make(), make()
+            for x in one, other:
+                assert type(x) is torch.Tensor and not x.requires_grad
+                assert (x.shape, x.stride(), x.dtype, x.device) == (shape, strides, dtype, like.device)
+            assert not one.numel() or len({x.data_ptr() for x in (like, one, other)}) == 3
+
+
 def test_why_there_is_no_recipe(device):
     x, y = torch.ones(2, 8, device=device)
     for call, reason in (
