@@ -4,10 +4,17 @@ A pair is read as one 16-bit number, as WGMMA's left operand has them: of K as i
 that with 16 bits alone). Two pairs are one register; three instructions make four float16 of them (common/float8.py).
 """
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from common.float8 import E4M3_PAIRS, E5M2_PAIRS
+
+
+def in_pairs(x: torch.Tensor, side: int) -> torch.Tensor:
+    """Float8 x [B, H, S, D] as 16-bit numbers that nobody computes with, [B, H / side, S, side * D / 2]: views."""
+    pairs = x.view(torch.float16)
+    return pairs if side == 1 else pairs.unflatten(1, (-1, side)).transpose(2, 3).flatten(3)
 
 
 @gluon.constexpr_function

@@ -17,11 +17,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from common.equal_pieces import item_at, keys_in_reach, next_sequence, piece, pieces_for, sharers
-from common.exponent import LN_2, LOG2_E
+from common.exponent import LOG2_E
 from common.hopper import allocate_ring, descriptor, fill, refuse, release, wait_full, why_no_tma, zero_rows
 from common.launch import Tiles, block_d, cdiv, launch, tuned_tiles
 from common.lineage import Requires, Version
-from common.parts import is_last, merge_parts, store_part
+from common.parts import is_last, merge_parts, row_offsets, rows_of_parts, store_part, store_rows
 from common.problem import AttentionProblem
 from common.tickets import tickets
 
@@ -85,22 +85,9 @@ def step(
 
 
 @gluon.jit
-def row_offsets(
-    stride, off_b, first_head, start_m, rows, seqlen_q, HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, N: gl.constexpr
-):
-    """Offsets in elements of rows start_m.. of a KV head, head by head, all queries of each; mask."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    offs_m = start_m + gl.arange(0, N, layout=gl.SliceLayout(1, LAYOUT))
-    offs_d = gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT)), 0)
-    offsets = off_b.to(gl.int64) * stride[0] + (first_head + offs_m // seqlen_q).to(gl.int64) * stride[1]
-    offsets += (offs_m % seqlen_q).to(gl.int64) * stride[2]
-    return gl.expand_dims(offsets, 1) + offs_d, gl.expand_dims(offs_m < rows, 1) & (offs_d < HEAD_DIM)
-
-
-@gluon.jit
 def consumer(
     args, k_ring, v_ring, work, batch, items, row_blocks, keys, HEAD_DIM: gl.constexpr, N: gl.constexpr,
-    STAGES: gl.constexpr,
+    ROWS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     Q, Out, LSE, Parts, Tickets, stride_q, stride_o, group, scale_log2 = args
     seqlen_q = keys[4]
@@ -121,7 +108,7 @@ def consumer(
         stop = gl.minimum(finish, end)
         p_first, p_last, slot = sharers(begin, finish, total)  # early: nobody waits for it here
         first_head, start_m = item // row_blocks * group, item % row_blocks * N
-        offsets, mask = row_offsets(stride_q, b, first_head, start_m, rows, seqlen_q, HEAD_DIM, WIDTH, N)
+        offsets, mask = row_offsets(stride_q, b, first_head, start_m, rows, seqlen_q, HEAD_DIM, N, WIDTH)
         q_smem.store(gl.load(Q + offsets, mask=mask, other=0.0))
         fence_async_shared()
         last_key = gl.expand_dims((start_m + offs_r) % seqlen_q + (len_k - seqlen_q), 0)  # causal; [1, N]
@@ -137,19 +124,14 @@ def consumer(
         out = acc * gl.expand_dims(gl.where(l_i == 0.0, 0.0, 1.0 / l_i), 0)
         lse = m_i + gl.log2(l_i)  # -inf for a row without keys
         i += stop - start
-        whole = stop - start == finish - begin
-        if not whole:
-            store_part(Parts, part, out, lse)
-            whole = is_last(Tickets + (b * items + item), p_last - p_first + 1)
-            if whole:
-                out, lse = merge_parts(Parts, p_first, p_last, slot, WIDTH, N, LAYOUT)
-        if whole:
-            offsets, mask = row_offsets(stride_o, b, first_head, start_m, rows, seqlen_q, HEAD_DIM, WIDTH, N)
-            out16 = gl.permute(out.to(dtype), (1, 0))
-            gl.store(Out + offsets, gl.convert_layout(out16, offsets.type.layout), mask=mask)
-            if LSE is not None:
-                offs_lse = (b * (items // row_blocks) + item // row_blocks).to(gl.int64) * rows + start_m + offs_r
-                gl.store(LSE + offs_lse, lse * LN_2, mask=start_m + offs_r < rows)
+        place = (stride_o, b, items // row_blocks, item // row_blocks, start_m, rows, seqlen_q)
+        if stop - start == finish - begin:
+            store_rows(Out, LSE, gl.permute(out, (1, 0)), lse, *place, HEAD_DIM)
+        else:
+            store_part(Parts, part, out, lse, ROWS)
+            if is_last(Tickets + (b * items + item), p_last - p_first + 1):
+                merged, merged_lse = merge_parts(Parts, p_first, p_last, slot, ROWS, WIDTH)
+                store_rows(Out, LSE, merged, merged_lse, *place, HEAD_DIM)
         part = gl.program_id(0) * 2 + 1
         start = stop
         off_b, base = next_sequence(start, off_b, base, finish, item, items, keys)
@@ -159,12 +141,12 @@ def consumer(
 def split_kernel(
     Q, k_desc, v_desc,  # [batch, heads_q, seqlen_q, HEAD_DIM], [batch, heads_kv, seqlen_k, HEAD_DIM] twice
     Out, LSE,  # like Q; float32 [batch, heads_q, seqlen_q] or None
-    Parts,  # float32 [2 * programs, WIDTH, N], then the like without WIDTH
+    Parts,  # float32 [2 * programs, ROWS, WIDTH], then the like without WIDTH
     Tickets,  # int32 [items of all sequences], zeros
     seqlens_k, starts,  # int32 [batch] or None
     stride_q, stride_o,  # (batch, head, row, 1), in elements
     batch, heads_q, heads_kv, seqlen_q, seqlen_k, row_blocks, scale_log2, window_left,
-    HEAD_DIM: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, BATCH: gl.constexpr,
+    HEAD_DIM: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, BATCH: gl.constexpr,
 ):  # fmt: skip
     k_ring = allocate_ring(k_desc, STAGES, 1)
     v_ring = allocate_ring(v_desc, STAGES, 1)
@@ -173,7 +155,7 @@ def split_kernel(
     work = piece(batch, items, keys, k_desc.block_type.shape[2], BATCH)
     args = (Q, Out, LSE, Parts, Tickets, stride_q, stride_o, heads_q // heads_kv, scale_log2)
     gl.warp_specialize([
-        (consumer, (args, k_ring, v_ring, work, batch, items, row_blocks, keys, HEAD_DIM, N, STAGES)),
+        (consumer, (args, k_ring, v_ring, work, batch, items, row_blocks, keys, HEAD_DIM, N, ROWS, STAGES)),
         (producer, (k_desc, v_desc, k_ring, v_ring, work, batch, items, row_blocks, keys, STAGES)),
     ], [1], [40])  # fmt: skip
 
@@ -223,14 +205,14 @@ def call_flash_decoding_v6(
     n, block_n, num_warps, stages = tiles or tiles_for(problem)
     lengths = 1 if seqlens_k is None and starts is None else p.batch
     width, row_blocks, programs = max(64, block_d(p)), cdiv(p.group * p.seqlen_q, n), pieces_for(p)
-    parts = torch.empty(2 * programs * n * (width + 1), dtype=torch.float32, device=p.q.device)
+    parts = torch.empty(2 * programs * rows_of_parts(p.group * p.seqlen_q, n) * (width + 1), dtype=torch.float32, device=p.q.device)
     launch(
         split_kernel, (programs,), p.q.device,
         p.q, descriptor(p.k, block_n, width), descriptor(p.v, block_n, width), p.out, p.lse,
         parts, tickets(p.batch * p.heads_kv * row_blocks, p.q.device), p.seqlens_k, p.starts,
         p.q.stride(), p.out.stride(), p.batch, p.heads_q, p.heads_kv, p.seqlen_q, p.seqlen_k, row_blocks,
         p.scale * LOG2_E.value, p.window_left,
-        HEAD_DIM=p.head_dim, N=n, STAGES=stages, BATCH=max(128, 1 << (lengths - 1).bit_length()), num_warps=num_warps,
+        HEAD_DIM=p.head_dim, N=n, ROWS=rows_of_parts(p.group * p.seqlen_q, n), STAGES=stages, BATCH=max(128, 1 << (lengths - 1).bit_length()), num_warps=num_warps,
     )  # fmt: skip
     return problem.result()
 

@@ -15,12 +15,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from common.equal_pieces import item_at, keys_in_reach, next_sequence, piece, pieces_for, sharers
-from common.exponent import LN_2, LOG2_E
+from common.exponent import LOG2_E
 from common.hopper import descriptor, fill, refuse, release, wait_full, why_no_tma, zero_rows
 from common.launch import Tiles, block_d, cdiv, launch, tuned_tiles
 from common.lineage import Requires, Version
 from common.paged_ring import PANEL, allocate_blocks, fill_from_pages, numbers_of_pages, pages_are_missing
-from common.parts import is_last, merge_parts, store_part
+from common.parts import is_last, merge_parts, row_offsets, rows_of_parts, store_part, store_rows
 from common.problem import AttentionProblem
 from common.tickets import tickets
 
@@ -95,22 +95,9 @@ def step(
 
 
 @gluon.jit
-def row_offsets(
-    stride, off_b, first_head, start_m, rows, seqlen_q, HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, N: gl.constexpr
-):
-    """Offsets in elements of rows start_m.. of a KV head, head by head, all queries of each; mask."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    offs_m = start_m + gl.arange(0, N, layout=gl.SliceLayout(1, LAYOUT))
-    offs_d = gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT)), 0)
-    offsets = off_b.to(gl.int64) * stride[0] + (first_head + offs_m // seqlen_q).to(gl.int64) * stride[1]
-    offsets += (offs_m % seqlen_q).to(gl.int64) * stride[2]
-    return gl.expand_dims(offsets, 1) + offs_d, gl.expand_dims(offs_m < rows, 1) & (offs_d < HEAD_DIM)
-
-
-@gluon.jit
 def consumer(
     args, k_ring, v_ring, work, batch, items, row_blocks, keys, pages, PAGE_SIZE: gl.constexpr,
-    HEAD_DIM: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    HEAD_DIM: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     Q, Out, LSE, Parts, Tickets, stride_q, stride_o, group, scale_log2 = args
     table, stride_table, num_pages = pages
@@ -132,7 +119,7 @@ def consumer(
         stop = gl.minimum(finish, end)
         p_first, p_last, slot = sharers(begin, finish, total)  # early: nobody waits for it here
         first_head, start_m = item // row_blocks * group, item % row_blocks * N
-        offsets, mask = row_offsets(stride_q, b, first_head, start_m, rows, seqlen_q, HEAD_DIM, WIDTH, N)
+        offsets, mask = row_offsets(stride_q, b, first_head, start_m, rows, seqlen_q, HEAD_DIM, N, WIDTH)
         q_smem.store(gl.load(Q + offsets, mask=mask, other=0.0))
         fence_async_shared()
         missing = start < 0
@@ -153,19 +140,14 @@ def consumer(
         out = acc * gl.expand_dims(gl.where(l_i == 0.0, 0.0, 1.0 / l_i), 0)
         lse = m_i + gl.log2(l_i)  # -inf for a row without keys
         i += stop - start
-        whole = stop - start == finish - begin
-        if not whole:
-            store_part(Parts, part, out, lse)
-            whole = is_last(Tickets + (b * items + item), p_last - p_first + 1)
-            if whole:
-                out, lse = merge_parts(Parts, p_first, p_last, slot, WIDTH, N, LAYOUT)
-        if whole:
-            offsets, mask = row_offsets(stride_o, b, first_head, start_m, rows, seqlen_q, HEAD_DIM, WIDTH, N)
-            out16 = gl.permute(out.to(dtype), (1, 0))
-            gl.store(Out + offsets, gl.convert_layout(out16, offsets.type.layout), mask=mask)
-            if LSE is not None:
-                offs_lse = (b * (items // row_blocks) + item // row_blocks).to(gl.int64) * rows + start_m + offs_r
-                gl.store(LSE + offs_lse, lse * LN_2, mask=start_m + offs_r < rows)
+        place = (stride_o, b, items // row_blocks, item // row_blocks, start_m, rows, seqlen_q)
+        if stop - start == finish - begin:
+            store_rows(Out, LSE, gl.permute(out, (1, 0)), lse, *place, HEAD_DIM)
+        else:
+            store_part(Parts, part, out, lse, ROWS)
+            if is_last(Tickets + (b * items + item), p_last - p_first + 1):
+                merged, merged_lse = merge_parts(Parts, p_first, p_last, slot, ROWS, WIDTH)
+                store_rows(Out, LSE, merged, merged_lse, *place, HEAD_DIM)
         part = gl.program_id(0) * 2 + 1
         start = stop
         off_b, base = next_sequence(start, off_b, base, finish, item, items, keys)
@@ -175,14 +157,14 @@ def consumer(
 def split_kernel(
     Q, k_desc, v_desc,  # [batch, heads_q, seqlen_q, HEAD_DIM], [batch, heads_kv, seqlen_k, HEAD_DIM] twice
     Out, LSE,  # like Q; float32 [batch, heads_q, seqlen_q] or None
-    Parts,  # float32 [2 * programs, WIDTH, N], then the like without WIDTH
+    Parts,  # float32 [2 * programs, ROWS, WIDTH], then the like without WIDTH
     Tickets,  # int32 [items of all sequences], zeros
     seqlens_k, starts,  # int32 [batch] or None
     BlockTable,  # int32 [batch, pages of a sequence] or None: k and v are [num_pages, heads_kv, PAGE_SIZE, HEAD_DIM]
     stride_q, stride_o, stride_table,  # (batch, head, row, 1), in elements; of a sequence, in entries
     batch, heads_q, heads_kv, seqlen_q, seqlen_k, row_blocks, scale_log2, window_left, num_pages,
-    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    BATCH: gl.constexpr, PAGE_SIZE: gl.constexpr,
+    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, BATCH: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
     k_ring = allocate_blocks(k_desc, BLOCK_N, WIDTH, STAGES)
     v_ring = allocate_blocks(v_desc, BLOCK_N, WIDTH, STAGES)
@@ -192,7 +174,8 @@ def split_kernel(
     work = piece(batch, items, keys, BLOCK_N, BATCH)
     args = (Q, Out, LSE, Parts, Tickets, stride_q, stride_o, heads_q // heads_kv, scale_log2)
     gl.warp_specialize([
-        (consumer, (args, k_ring, v_ring, work, batch, items, row_blocks, keys, pages, PAGE_SIZE, HEAD_DIM, N, STAGES)),
+        (consumer, (args, k_ring, v_ring, work, batch, items, row_blocks, keys, pages, PAGE_SIZE, HEAD_DIM, N, ROWS,
+                    STAGES)),
         (producer, (k_desc, v_desc, k_ring, v_ring, work, batch, items, row_blocks, keys, pages, BLOCK_N, PAGE_SIZE,
                     STAGES)),
     ], [1], [56])  # fmt: skip
@@ -248,14 +231,14 @@ def call_flash_decoding_v7(
     width, row_blocks, programs = max(64, block_d(p)), cdiv(p.group * p.seqlen_q, n), pieces_for(p)
     box = (block_n, width) if p.block_table is None else (min(block_n, p.page_size), PANEL)  # v7
     table_stride = None if p.block_table is None else p.block_table.stride(0)
-    parts = torch.empty(2 * programs * n * (width + 1), dtype=torch.float32, device=p.q.device)
+    parts = torch.empty(2 * programs * rows_of_parts(p.group * p.seqlen_q, n) * (width + 1), dtype=torch.float32, device=p.q.device)
     launch(
         split_kernel, (programs,), p.q.device,
         p.q, descriptor(p.k, *box), descriptor(p.v, *box), p.out, p.lse,
         parts, tickets(p.batch * p.heads_kv * row_blocks, p.q.device), p.seqlens_k, p.starts,
         p.block_table, p.q.stride(), p.out.stride(), table_stride, p.batch, p.heads_q, p.heads_kv, p.seqlen_q,
         p.seqlen_k, row_blocks, p.scale * LOG2_E.value, p.window_left, p.k.shape[0],
-        HEAD_DIM=p.head_dim, WIDTH=width, N=n, BLOCK_N=block_n, STAGES=stages, PAGE_SIZE=p.page_size,
+        HEAD_DIM=p.head_dim, WIDTH=width, N=n, ROWS=rows_of_parts(p.group * p.seqlen_q, n), BLOCK_N=block_n, STAGES=stages, PAGE_SIZE=p.page_size,
         BATCH=max(128, 1 << (lengths - 1).bit_length()), num_warps=num_warps,
     )  # fmt: skip
     return problem.result()

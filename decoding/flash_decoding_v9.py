@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from common.equal_pieces import item_at, keys_in_reach, next_sequence, piece, pieces_for, sharers
-from common.exponent import LN_2, LOG2_E
+from common.exponent import LOG2_E
 from common.hopper import (
     descriptor,
     fill,
@@ -31,30 +31,30 @@ from common.hopper import (
 from common.launch import Tiles, block_d, cdiv, launch, tuned_tiles
 from common.lineage import Requires, Version
 from common.paged_ring import PANEL, allocate_blocks, fill_from_pages, numbers_of_pages, pages_are_missing
-from common.pairs import as_float16, columns_of_pairs, in_order, pairs_layout, rows_of_pairs
-from common.parts import is_last, merge_parts, store_part
+from common.pairs import as_float16, columns_of_pairs, in_order, in_pairs, pairs_layout, rows_of_pairs
+from common.parts import is_last, merge_parts, row_offsets, rows_of_parts, store_part, store_rows
 from common.problem import AttentionProblem
 from common.tickets import tickets
+from common.two_groups import allocate_hand_over, hand_over, take_over
 
 LEAST_PAGE = 8  # keys: rows that TMA swizzles together
+MOST_ROWS = {64: 64, 128: 32, 256: 16}  # of a tile, by its columns: what the registers hold
 MOST_LENGTHS = 4096  # that all programs look through: more do not fit in their registers
 
 
 @gluon.jit
-def producer(
-    k_desc, v_desc, k_ring, v_ring, work, batch, items, row_blocks, keys, pages, BLOCK_N: gl.constexpr,
-    PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def producer(shared, k_desc, v_desc, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr):
+    k_ring, v_ring, work, batch, items, row_blocks, keys, pages = shared
     start, end, total, off_b, base = work
     table, stride_table, num_pages = pages
     i = start * 0
-    wait_for_kernel_before()
     while start < end:
         b, item, begin, finish = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
         _, len_k, lo, _ = keys_in_reach(b, batch, keys, BLOCK_N)
         stop = gl.minimum(finish, end)
         for j in range(start, stop):
             start_n = (lo + j - begin) * BLOCK_N
+            wait_for_kernel_before()
             if table is None:
                 fill(k_ring, k_desc, [b, item // row_blocks, start_n, 0], i, STAGES)
                 fill(v_ring, v_desc, [b, item // row_blocks, start_n, 0], i, STAGES)
@@ -114,24 +114,11 @@ def step(
 
 
 @gluon.jit
-def row_offsets(
-    stride, off_b, first_head, start_m, rows, seqlen_q, HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, N: gl.constexpr,
-    STEP: gl.constexpr,
-):  # fmt: skip
-    """Offsets in elements of rows start_m.. of a KV head, head by head, all queries of each, every STEP-th column; mask."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    offs_m = start_m + gl.arange(0, N, layout=gl.SliceLayout(1, LAYOUT))
-    offs_d = STEP * gl.expand_dims(gl.arange(0, WIDTH // STEP, layout=gl.SliceLayout(0, LAYOUT)), 0)
-    offsets = off_b.to(gl.int64) * stride[0] + (first_head + offs_m // seqlen_q).to(gl.int64) * stride[1]
-    offsets += (offs_m % seqlen_q).to(gl.int64) * stride[2]
-    return gl.expand_dims(offsets, 1) + offs_d, gl.expand_dims(offs_m < rows, 1) & (offs_d < HEAD_DIM)
-
-
-@gluon.jit
 def consumer(
-    args, k_ring, v_ring, work, batch, items, row_blocks, keys, pages, PAGE_SIZE: gl.constexpr,
-    HEAD_DIM: gl.constexpr, N: gl.constexpr, E5M2: gl.constexpr, STAGES: gl.constexpr,
+    shared, args, handed, PAGE_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr,
+    SIDE: gl.constexpr, E5M2: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
+    k_ring, v_ring, work, batch, items, row_blocks, keys, pages = shared
     Q, Out, LSE, Parts, Tickets, DescaleK, DescaleV, stride_q, stride_o, group, scale_log2 = args
     table, stride_table, num_pages = pages
     seqlen_q = keys[4]
@@ -147,15 +134,16 @@ def consumer(
     p_smem = gl.allocate_shared_memory(gl.float16, [N, BLOCK_N], WEIGHTS)
     offs_r = gl.arange(0, N, layout=gl.SliceLayout(0, LAYOUT))
     i = start * 0
+    h = start * 0
     part = gl.program_id(0) * 2
-    wait_for_kernel_before()
+    wait_for_kernel_before()  # also where there is nothing to do, or the kernel after this one came too early
     while start < end:
         b, item, begin, finish = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
         first, len_k, lo, _ = keys_in_reach(b, batch, keys, BLOCK_N)
         stop = gl.minimum(finish, end)
         p_first, p_last, slot = sharers(begin, finish, total)  # early: nobody waits for it here
         first_head, start_m = item // row_blocks * group, item % row_blocks * N
-        even, mask_q = row_offsets(stride_q, b, first_head, start_m, rows, seqlen_q, HEAD_DIM, WIDTH, N, 2)
+        even, mask_q = row_offsets(stride_q, b, first_head, start_m, rows, seqlen_q, HEAD_DIM, N, WIDTH // 2, 2, SIDE)
         q_even = gl.load(Q + even, mask=mask_q, other=0.0)
         q_odd = gl.load(Q + even + 1, mask=mask_q, other=0.0)
         scales = gl.full([N], scale_log2, gl.float32, gl.SliceLayout(0, LAYOUT))
@@ -166,12 +154,14 @@ def consumer(
         q_smem.index(1).store(q_odd)
         fence_async_shared()
         descale_v = 1.0
+        kv_heads = (b * (items // row_blocks) + item // row_blocks) * SIDE  # [N] from here on: each row has its own
+        kv_heads += gl.minimum(start_m + offs_r, rows - 1) // (rows // SIDE)
         if DescaleK is not None:
-            scales *= gl.load(DescaleK + b * (items // row_blocks) + item // row_blocks)
+            scales *= gl.load(DescaleK + kv_heads)
         if DescaleV is not None:
-            descale_v = gl.load(DescaleV + b * (items // row_blocks) + item // row_blocks)
+            descale_v = gl.load(DescaleV + kv_heads)
         missing = start < 0
-        if table is not None:  # said aloud, where nobody could refuse it; looked at while the first block comes
+        if table is not None and GROUP == 0:  # said aloud, where nobody could refuse it; looked at while the first block comes
             here, gone = (lo + start - begin) * BLOCK_N, (lo + stop - begin) * BLOCK_N
             row = table + b.to(gl.int64) * stride_table
             missing = pages_are_missing(row, gl.maximum(here, first), gl.minimum(gone, len_k), num_pages, PAGE_SIZE)
@@ -179,28 +169,28 @@ def consumer(
         m_i = gl.full([N], -float("inf"), gl.float32, gl.SliceLayout(0, LAYOUT))
         l_i = gl.zeros([BLOCK_N, N], gl.float32, LAYOUT)
         acc = gl.zeros([WIDTH, N], gl.float32, LAYOUT)
-        for j in range(start, stop):
+        for j in range(start + (i + GROUP) % 2, stop, 2):  # v9: every other block of the ring
             acc, m_i, l_i = step(
                 i + j - start, (lo + j - begin) * BLOCK_N, q_smem, p_smem, acc, m_i, l_i, first, len_k, last_key,
                 scales, k_ring, v_ring, keys, E5M2, STAGES,
             )  # fmt: skip
         l_i = gl.sum(l_i, 0) * gl.where(missing, float("nan"), 1.0)
-        out = acc * gl.expand_dims(gl.where(l_i == 0.0, 0.0, descale_v / l_i), 0)
-        lse = m_i + gl.log2(l_i)  # -inf for a row without keys
         i += stop - start
-        whole = stop - start == finish - begin
-        if not whole:
-            store_part(Parts, part, out, lse)
-            whole = is_last(Tickets + (b * items + item), p_last - p_first + 1)
-            if whole:
-                out, lse = merge_parts(Parts, p_first, p_last, slot, WIDTH, N, LAYOUT)
-        if whole:
-            offsets, mask = row_offsets(stride_o, b, first_head, start_m, rows, seqlen_q, HEAD_DIM, WIDTH, N, 1)
-            out16 = gl.permute(in_order(out.to(dtype)), (1, 0))
-            gl.store(Out + offsets, gl.convert_layout(out16, offsets.type.layout), mask=mask)
-            if LSE is not None:
-                offs_lse = (b * (items // row_blocks) + item // row_blocks).to(gl.int64) * rows + start_m + offs_r
-                gl.store(LSE + offs_lse, lse * LN_2, mask=start_m + offs_r < rows)
+        if GROUP == 1:
+            hand_over(handed, h, acc, m_i, l_i)
+        else:
+            acc, m_i, l_i = take_over(handed, h, acc, m_i, l_i)
+            out = in_order(acc * gl.expand_dims(gl.where(l_i == 0.0, 0.0, descale_v / l_i), 0))
+            lse = m_i + gl.log2(l_i)  # -inf for a row without keys
+            place = (stride_o, b, items // row_blocks, item // row_blocks, start_m, rows, seqlen_q)
+            if stop - start == finish - begin:
+                store_rows(Out, LSE, gl.permute(out, (1, 0)), lse, *place, HEAD_DIM, SIDE)
+            else:
+                store_part(Parts, part, out, lse, ROWS)
+                if is_last(Tickets + (b * items + item), p_last - p_first + 1):
+                    merged, merged_lse = merge_parts(Parts, p_first, p_last, slot, ROWS, WIDTH)
+                    store_rows(Out, LSE, merged, merged_lse, *place, HEAD_DIM, SIDE)
+        h += 1
         part = gl.program_id(0) * 2 + 1
         start = stop
         off_b, base = next_sequence(start, off_b, base, finish, item, items, keys)
@@ -210,16 +200,17 @@ def consumer(
 def split_kernel(
     Q, k_desc, v_desc,  # [batch, heads_q, seqlen_q, HEAD_DIM], [batch, heads_kv, seqlen_k, pairs of HEAD_DIM] twice
     Out, LSE,  # like Q; float32 [batch, heads_q, seqlen_q] or None
-    Parts,  # float32 [2 * programs, WIDTH, N], then the like without WIDTH
+    Parts,  # float32 [2 * programs, ROWS, WIDTH], then the like without WIDTH
     Tickets,  # int32 [items of all sequences], zeros
     DescaleK, DescaleV,  # float32 [batch, heads_kv] or None
     seqlens_k, starts,  # int32 [batch] or None
     BlockTable,  # int32 [batch, pages of a sequence] or None: k and v are [num_pages, heads_kv, PAGE_SIZE, HEAD_DIM]
     stride_q, stride_o, stride_table,  # (batch, head, row, 1), in elements; of a sequence, in entries
     batch, heads_q, heads_kv, seqlen_q, seqlen_k, row_blocks, scale_log2, window_left, num_pages,
-    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    BATCH: gl.constexpr, PAGE_SIZE: gl.constexpr, E5M2: gl.constexpr,
+    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, BATCH: gl.constexpr, PAGE_SIZE: gl.constexpr, SIDE: gl.constexpr, E5M2: gl.constexpr,
 ):  # fmt: skip
+    gl.static_assert(STAGES % 2 == 0, "with an odd number of stages a group would miss every other phase of a slot")
     k_ring = allocate_blocks(k_desc, BLOCK_N, WIDTH // 2, STAGES)
     v_ring = allocate_blocks(v_desc, BLOCK_N, WIDTH // 2, STAGES)
     let_next_kernel_start()
@@ -229,26 +220,41 @@ def split_kernel(
     pages = (BlockTable, stride_table, num_pages)
     items = heads_kv * row_blocks
     work = piece(batch, items, keys, BLOCK_N, BATCH)
+    handed = allocate_hand_over(WIDTH, N)
     args = (Q, Out, LSE, Parts, Tickets, DescaleK, DescaleV, stride_q, stride_o, heads_q // heads_kv, scale_log2)
+    shared = (k_ring, v_ring, work, batch, items, row_blocks, keys, pages)
     gl.warp_specialize([
-        (consumer, (args, k_ring, v_ring, work, batch, items, row_blocks, keys, pages, PAGE_SIZE, HEAD_DIM, N, E5M2,
-                    STAGES)),
-        (producer, (k_desc, v_desc, k_ring, v_ring, work, batch, items, row_blocks, keys, pages, BLOCK_N, PAGE_SIZE,
-                    STAGES)),
-    ], [1], [56])  # fmt: skip
+        (consumer, (shared, args, handed, PAGE_SIZE, HEAD_DIM, N, ROWS, SIDE, E5M2, STAGES, 0)),
+        (consumer, (shared, args, handed, PAGE_SIZE, HEAD_DIM, N, ROWS, SIDE, E5M2, STAGES, 1)),
+        (producer, (shared, k_desc, v_desc, BLOCK_N, PAGE_SIZE, STAGES)),
+    ], [4, 1], [232, 40])  # fmt: skip
+
+
+def heads_side_by_side(problem: AttentionProblem) -> int:
+    """v9: 2 where heads of 64 columns lie beside each other: TMA takes as long for a row of 64 bytes as for one of 128.
+
+    They go through the products together, as one head of 128 columns whose queries have zeros in the other's half.
+    """
+    p = problem
+    adjacent = p.heads_kv % 2 == 0 and p.k.stride(1) == p.v.stride(1) == p.head_dim == 64
+    return 2 if adjacent and 2 * p.group * p.seqlen_q <= MOST_ROWS[128] else 1
+
+
+def size_of_rows(problem: AttentionProblem) -> tuple[int, int]:
+    """Rows that share what lies side by side, and the columns of that, padded."""
+    side = heads_side_by_side(problem)
+    return side * problem.group * problem.seqlen_q, max(64, side * block_d(problem))
 
 
 def tiles_for(problem: AttentionProblem) -> Tiles:
-    """Blocks of 16 KB of K, fewer keys where many rows take the registers; 128 KB of K and V in the ring."""
-    rows, width = rows_of_a_tile(problem), max(64, block_d(problem))
+    """Blocks of 16 KB of K, fewer keys where many rows take the registers; 128 KB of K and V in the ring.
+
+    An even number of stages: each group of warps finds its blocks in slots of its own.
+    """
+    rows, width = size_of_rows(problem)
+    rows = min(MOST_ROWS[width], max(8, 1 << (rows - 1).bit_length()))
     block_n = 16384 // width if rows <= 16 else 64
     return tuned_tiles("decoding v9", problem) or Tiles(rows, block_n, 4, 65536 // (block_n * width))
-
-
-def rows_of_a_tile(problem: AttentionProblem) -> int:
-    """The rows that share a KV head, or some of them, as many as the accumulators have registers for."""
-    most = {64: 64, 128: 32, 256: 16}[max(64, block_d(problem))]
-    return min(most, max(8, 1 << (problem.group * problem.seqlen_q - 1).bit_length()))
 
 
 def declines(
@@ -289,20 +295,21 @@ def call_flash_decoding_v9(
     refuse(problem, declines(p.q, p.k, p.v, **beyond), "decoding.flash_decoding")
     n, block_n, num_warps, stages = tiles or tiles_for(problem)
     lengths = 1 if seqlens_k is None and starts is None else p.batch
-    width, row_blocks, programs = max(64, block_d(p)), cdiv(p.group * p.seqlen_q, n), pieces_for(p)
-    k_pairs, v_pairs = p.k.view(torch.float16), p.v.view(torch.float16)  # v9: nobody computes with them
+    side, (rows, width) = heads_side_by_side(p), size_of_rows(p)
+    heads_kv, row_blocks, programs = p.heads_kv // side, cdiv(rows, n), pieces_for(p)
+    k_pairs, v_pairs = in_pairs(p.k, side), in_pairs(p.v, side)
     box = (block_n, width // 2) if p.block_table is None else (min(block_n, p.page_size), min(width // 2, PANEL))
     table_stride = None if p.block_table is None else p.block_table.stride(0)
-    parts = torch.empty(2 * programs * n * (width + 1), dtype=torch.float32, device=p.q.device)
+    parts = torch.empty(2 * programs * rows_of_parts(rows, n) * (width + 1), dtype=torch.float32, device=p.q.device)
     launch(
         split_kernel, (programs,), p.q.device,
         p.q, descriptor(k_pairs, *box), descriptor(v_pairs, *box), p.out, p.lse,
-        parts, tickets(p.batch * p.heads_kv * row_blocks, p.q.device), p.descale_k, p.descale_v,
-        p.seqlens_k, p.starts, p.block_table, p.q.stride(), p.out.stride(), table_stride, p.batch, p.heads_q, p.heads_kv, p.seqlen_q,
-        p.seqlen_k, row_blocks, p.scale * LOG2_E.value, p.window_left, p.k.shape[0],
-        HEAD_DIM=p.head_dim, WIDTH=width, N=n, BLOCK_N=block_n, STAGES=stages, PAGE_SIZE=p.page_size,
-        E5M2=p.k.dtype == torch.float8_e5m2, BATCH=max(128, 1 << (lengths - 1).bit_length()), num_warps=num_warps,
-        launch_pdl=True,
+        parts, tickets(p.batch * heads_kv * row_blocks, p.q.device), p.descale_k, p.descale_v,
+        p.seqlens_k, p.starts, p.block_table, p.q.stride(), p.out.stride(), table_stride, p.batch, p.heads_q,
+        heads_kv, p.seqlen_q, p.seqlen_k, row_blocks, p.scale * LOG2_E.value, p.window_left, p.k.shape[0],
+        HEAD_DIM=p.head_dim, WIDTH=width, N=n, ROWS=rows_of_parts(rows, n), BLOCK_N=block_n, STAGES=stages,
+        PAGE_SIZE=p.page_size, SIDE=side, E5M2=p.k.dtype == torch.float8_e5m2, BATCH=max(128, 1 << (lengths - 1).bit_length()),
+        num_warps=num_warps, launch_pdl=True,
     )  # fmt: skip
     return problem.result()
 
@@ -311,6 +318,6 @@ VERSION = Version(
     family="decoding", number=9, title="8 bits become 16 in registers",
     idea="FP8 caches on WGMMA: pairs of 8-bit numbers are read as 16-bit operands and become float16 in registers.",
     parent=8, requires=Requires(capability=(9, 0), exactly=True, amd=False, interpreter=False),
-    call=call_flash_decoding_v9, kernels=(split_kernel,), tiles=tiles_for, declines=declines, most_queries=16, fp8=True, half=False,
-    takes=("window", "starts", "block_table", "check_table", "descale_k", "descale_v"),
+    call=call_flash_decoding_v9, kernels=(split_kernel,), tiles=tiles_for, declines=declines, most_queries=16,
+    fp8=True, half=False, takes=("window", "starts", "block_table", "check_table", "descale_k", "descale_v"),
 )  # fmt: skip

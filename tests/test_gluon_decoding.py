@@ -67,6 +67,7 @@ STEPS = {
     "mqa-D80": Step(Case(2, 5, 1, 1, 333, 80)),
     "D256": Step(Case(2, 4, 2, 1, 190, 256)),
     "D8": Step(Case(1, 3, 3, 1, 129, 8)),
+    "heads-side-by-side": Step(Case(2, 8, 4, 2, 300, 64, lengths_k=(300, 131), layout="bshd")),
     "one-key": Step(Case(2, 2, 1, 1, 1, 64)),
     "one-sequence-many-programs": Step(Case(1, 8, 1, 1, 4000, 64)),
     "128-rows": Step(Case(1, 128, 1, 1, 300, 64)),
