@@ -12,7 +12,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from common.hardware import detect_gpu
+from common.hopper import why_no_tma
 from common.problem import AttentionProblem
+
+LEAST_PAGE = 8  # keys: rows that TMA swizzles together
+MOST_LENGTHS = 4096  # that all programs look through: more do not fit in their registers
 
 
 @gluon.jit
@@ -129,3 +133,24 @@ def pieces_for(problem: AttentionProblem) -> int:
     would read more slowly and end last (a surmise; docs/decoding.md has what was measured).
     """
     return max(1, detect_gpu(problem.q.device).sm_count // 8 * 8)
+
+
+def lengths_for(problem: AttentionProblem) -> int:
+    """BATCH of piece(): how many lengths every program looks through, a power of two."""
+    lengths = 1 if problem.seqlens_k is None and problem.starts is None else problem.batch
+    return max(128, 1 << (lengths - 1).bit_length())
+
+
+def why_no_pieces(q, k, v, *, num_splits=None, seqlens_k=None, starts=None, block_table=None, step=8, **_):
+    """What kernels with equal pieces, keys by TMA, do not serve of a call: one line, or None. step: of head_dim."""
+    if any(getattr(x, "ndim", 0) != 4 for x in (q, k, v)):
+        return "takes q, k and v of four dimensions"
+    if num_splits is not None:
+        return "takes no num_splits: its pieces are equal"
+    if q.shape[-1] % step:
+        return f"takes head_dim in multiples of {step}, not {q.shape[-1]}: TMA wants steps of 16 bytes"
+    if q.shape[0] > MOST_LENGTHS and (seqlens_k is not None or starts is not None):
+        return f"takes seqlens_k and starts of up to {MOST_LENGTHS} sequences, not {q.shape[0]}"
+    if block_table is not None and k.shape[2] < LEAST_PAGE:
+        return f"takes pages of {LEAST_PAGE} keys and more, not {k.shape[2]}"
+    return why_no_tma(k, v)

@@ -1,4 +1,4 @@
-"""Rows of queries and of outputs in Gluon, and parts of an item: several programs have some, the last to come merges them.
+"""Rows of queries and outputs in Gluon, and parts of an item: several programs have some, the last to come merges them.
 
 Rows of a KV head go head by head, all queries of each. Parts are float32 O [2 * programs, ROWS, WIDTH], each normalised
 by itself, then LSE [2 * programs, ROWS], base 2: two a program, as common/equal_pieces.py numbers them. ROWS is a power
@@ -87,7 +87,7 @@ def is_last(Ticket, count):
 
 @gluon.jit
 def merge_parts(Parts, first, last, slot, ROWS: gl.constexpr, WIDTH: gl.constexpr):
-    """O [ROWS, WIDTH] and LSE [ROWS] of an item, from the parts of programs first..last; `slot` is that of the first's."""
+    """O [ROWS, WIDTH] and LSE [ROWS] of an item, from the parts of programs first..last; `slot`: of the first's."""
     LAYOUT: gl.constexpr = rows_layout(WIDTH, gl.num_warps())
     AT_ONCE: gl.constexpr = min(16, max(1, 19200 // (WIDTH * ROWS) - 2))  # loads under way together, in 150 registers
     offs_r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))

@@ -1,4 +1,4 @@
-"""Two warpgroups that take turns at the blocks of an item, in Gluon: in the end the second hands what it has to the first.
+"""Two warpgroups that take turns at the blocks of an item, in Gluon: in the end the second hands over to the first.
 
 What is handed over is a ring of one slot (common/hopper.py): item number h of the program fills it the h-th time.
 """

@@ -14,18 +14,24 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from common.equal_pieces import item_at, keys_in_reach, next_sequence, piece, pieces_for, sharers
+from common.equal_pieces import (
+    item_at,
+    keys_in_reach,
+    lengths_for,
+    next_sequence,
+    piece,
+    pieces_for,
+    sharers,
+    why_no_pieces,
+)
 from common.exponent import LOG2_E
-from common.hopper import descriptor, fill, refuse, release, wait_full, why_no_tma, zero_rows
+from common.hopper import descriptor, fill, refuse, release, wait_full, zero_rows
 from common.launch import Tiles, block_d, cdiv, launch, tuned_tiles
 from common.lineage import Requires, Version
 from common.paged_ring import PANEL, allocate_blocks, fill_from_pages, numbers_of_pages, pages_are_missing
 from common.parts import is_last, merge_parts, row_offsets, rows_of_parts, store_part, store_rows
 from common.problem import AttentionProblem
 from common.tickets import tickets
-
-LEAST_PAGE = 8  # keys: rows that TMA swizzles together
-MOST_LENGTHS = 4096  # that all programs look through: more do not fit in their registers
 
 
 @gluon.jit
@@ -197,21 +203,11 @@ def rows_of_a_tile(problem: AttentionProblem) -> int:
     return min(most, max(8, 1 << (problem.group * problem.seqlen_q - 1).bit_length()))
 
 
-def declines(q, k, v, *, num_splits=None, seqlens_k=None, starts=None, block_table=None, **_):
+def declines(q, k, v, **arguments):
     """What this version does not serve of a call's arguments: one line, or None."""
-    if any(getattr(x, "ndim", 0) != 4 for x in (q, k, v)):
-        return "takes q, k and v of four dimensions"
     if q.dtype.itemsize != 2 or k.dtype.itemsize != 2:
         return f"takes q, k and v of 16 bits, not {k.dtype}"
-    if num_splits is not None:
-        return "takes no num_splits: its pieces are equal"
-    if q.shape[-1] % 8:
-        return f"takes head_dim in multiples of 8, not {q.shape[-1]}: TMA wants steps of 16 bytes"
-    if q.shape[0] > MOST_LENGTHS and (seqlens_k is not None or starts is not None):
-        return f"takes seqlens_k and starts of up to {MOST_LENGTHS} sequences, not {q.shape[0]}"
-    if block_table is not None and k.shape[2] < LEAST_PAGE:  # v7
-        return f"takes pages of {LEAST_PAGE} keys and more, not {k.shape[2]}"
-    return why_no_tma(k, v)
+    return why_no_pieces(q, k, v, **arguments)
 
 
 def call_flash_decoding_v7(
@@ -227,19 +223,19 @@ def call_flash_decoding_v7(
     beyond = dict(num_splits=num_splits, seqlens_k=seqlens_k, starts=starts, block_table=block_table)
     refuse(problem, declines(p.q, p.k, p.v, **beyond), "decoding.flash_decoding")
     n, block_n, num_warps, stages = tiles or tiles_for(problem)
-    lengths = 1 if seqlens_k is None and starts is None else p.batch
     width, row_blocks, programs = max(64, block_d(p)), cdiv(p.group * p.seqlen_q, n), pieces_for(p)
     box = (block_n, width) if p.block_table is None else (min(block_n, p.page_size), PANEL)  # v7
     table_stride = None if p.block_table is None else p.block_table.stride(0)
-    parts = torch.empty(2 * programs * rows_of_parts(p.group * p.seqlen_q, n) * (width + 1), dtype=torch.float32, device=p.q.device)
+    held = rows_of_parts(p.group * p.seqlen_q, n)
+    parts = torch.empty(2 * programs * held * (width + 1), dtype=torch.float32, device=p.q.device)
     launch(
         split_kernel, (programs,), p.q.device,
         p.q, descriptor(p.k, *box), descriptor(p.v, *box), p.out, p.lse,
         parts, tickets(p.batch * p.heads_kv * row_blocks, p.q.device), p.seqlens_k, p.starts,
         p.block_table, p.q.stride(), p.out.stride(), table_stride, p.batch, p.heads_q, p.heads_kv, p.seqlen_q,
         p.seqlen_k, row_blocks, p.scale * LOG2_E.value, p.window_left, p.k.shape[0],
-        HEAD_DIM=p.head_dim, WIDTH=width, N=n, ROWS=rows_of_parts(p.group * p.seqlen_q, n), BLOCK_N=block_n, STAGES=stages, PAGE_SIZE=p.page_size,
-        BATCH=max(128, 1 << (lengths - 1).bit_length()), num_warps=num_warps,
+        HEAD_DIM=p.head_dim, WIDTH=width, N=n, ROWS=held, BLOCK_N=block_n, STAGES=stages, PAGE_SIZE=p.page_size,
+        BATCH=lengths_for(p), num_warps=num_warps,
     )  # fmt: skip
     return problem.result()
 

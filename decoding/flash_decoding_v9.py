@@ -1,13 +1,14 @@
 """Flash decoding v9: 8 bits become 16 on their way into WGMMA.
 
 Idea: FP8 caches at v8's speed a byte. WGMMA takes its left operand from registers, and with the keys as rows that is K
-  or V: a warp loads two columns as one 16-bit number, transposed for V as ldmatrix can only do with 16 bits, and makes
+  or V: a warp reads two columns as one 16-bit number, V transposed as ldmatrix can with 16 bits alone, and makes
   float16 of them where they are.
-Changed: K and V lie in the ring as pairs of columns. Which of WGMMA's columns a pair becomes does not matter as long as
-  the query's lie alike; which of its rows it becomes is undone in the output. Factors of heads join the scale and the
-  output.
-Expect: 215 instructions a warp for 64 keys (D=128) where v5 has 439, of 820 cycles that the memory leaves: 1.8 times v8.
-Limits: Hopper; head_dim in multiples of 16; factors of heads, not of blocks of keys (v5 has them); no new keys.
+Changed: K and V lie in the ring as pairs of columns; where WGMMA's rows put V's columns is undone in the output. Two
+  groups of warps take turns at the blocks, as time is half as long. Two heads of 64 columns go as one of 128, since TMA
+  takes as long for a row of 64 bytes. Descales of heads join the scale and the output.
+Expect: 215 instructions a warp for 64 keys (D=128), v5 has 439, of 820 cycles that the memory leaves: 1.8 times v8.
+Limits: v8's; head_dim in multiples of 16, descales of heads alone (v5 has those of blocks of keys). Heads that go as
+  one share NaN among their keys.
 """
 
 import torch
@@ -15,7 +16,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from common.equal_pieces import item_at, keys_in_reach, next_sequence, piece, pieces_for, sharers
+from common.equal_pieces import (
+    item_at,
+    keys_in_reach,
+    lengths_for,
+    next_sequence,
+    piece,
+    pieces_for,
+    sharers,
+    why_no_pieces,
+)
 from common.exponent import LOG2_E
 from common.hopper import (
     descriptor,
@@ -25,7 +35,6 @@ from common.hopper import (
     release,
     wait_for_kernel_before,
     wait_full,
-    why_no_tma,
     zero_rows,
 )
 from common.launch import Tiles, block_d, cdiv, launch, tuned_tiles
@@ -37,9 +46,7 @@ from common.problem import AttentionProblem
 from common.tickets import tickets
 from common.two_groups import allocate_hand_over, hand_over, take_over
 
-LEAST_PAGE = 8  # keys: rows that TMA swizzles together
 MOST_ROWS = {64: 64, 128: 32, 256: 16}  # of a tile, by its columns: what the registers hold
-MOST_LENGTHS = 4096  # that all programs look through: more do not fit in their registers
 
 
 @gluon.jit
@@ -161,7 +168,7 @@ def consumer(
         if DescaleV is not None:
             descale_v = gl.load(DescaleV + kv_heads)
         missing = start < 0
-        if table is not None and GROUP == 0:  # said aloud, where nobody could refuse it; looked at while the first block comes
+        if table is not None and GROUP == 0:  # said aloud, where nobody could refuse it
             here, gone = (lo + start - begin) * BLOCK_N, (lo + stop - begin) * BLOCK_N
             row = table + b.to(gl.int64) * stride_table
             missing = pages_are_missing(row, gl.maximum(here, first), gl.minimum(gone, len_k), num_pages, PAGE_SIZE)
@@ -257,25 +264,13 @@ def tiles_for(problem: AttentionProblem) -> Tiles:
     return tuned_tiles("decoding v9", problem) or Tiles(rows, block_n, 4, 65536 // (block_n * width))
 
 
-def declines(
-    q, k, v, *, num_splits=None, seqlens_k=None, starts=None, block_table=None, descale_k=None, descale_v=None, **_
-):  # fmt: skip
+def declines(q, k, v, *, descale_k=None, descale_v=None, **arguments):
     """What this version does not serve of a call's arguments: one line, or None."""
-    if any(getattr(x, "ndim", 0) != 4 for x in (q, k, v)):
-        return "takes q, k and v of four dimensions"
     if q.dtype.itemsize != 2 or k.dtype.itemsize != 1 or v.dtype != k.dtype:
         return f"takes caches of float8, not {k.dtype}"
     if any(getattr(x, "ndim", 0) == 3 for x in (descale_k, descale_v)):
         return "takes descales of heads, not of blocks of keys"
-    if num_splits is not None:
-        return "takes no num_splits: its pieces are equal"
-    if q.shape[-1] % 16:
-        return f"takes head_dim in multiples of 16, not {q.shape[-1]}: TMA wants steps of 16 bytes"
-    if q.shape[0] > MOST_LENGTHS and (seqlens_k is not None or starts is not None):
-        return f"takes seqlens_k and starts of up to {MOST_LENGTHS} sequences, not {q.shape[0]}"
-    if block_table is not None and k.shape[2] < LEAST_PAGE:
-        return f"takes pages of {LEAST_PAGE} keys and more, not {k.shape[2]}"
-    return why_no_tma(k, v)
+    return why_no_pieces(q, k, v, step=16, **arguments)
 
 
 def call_flash_decoding_v9(
@@ -294,22 +289,21 @@ def call_flash_decoding_v9(
     )  # fmt: skip
     refuse(problem, declines(p.q, p.k, p.v, **beyond), "decoding.flash_decoding")
     n, block_n, num_warps, stages = tiles or tiles_for(problem)
-    lengths = 1 if seqlens_k is None and starts is None else p.batch
     side, (rows, width) = heads_side_by_side(p), size_of_rows(p)
     heads_kv, row_blocks, programs = p.heads_kv // side, cdiv(rows, n), pieces_for(p)
     k_pairs, v_pairs = in_pairs(p.k, side), in_pairs(p.v, side)
     box = (block_n, width // 2) if p.block_table is None else (min(block_n, p.page_size), min(width // 2, PANEL))
     table_stride = None if p.block_table is None else p.block_table.stride(0)
-    parts = torch.empty(2 * programs * rows_of_parts(rows, n) * (width + 1), dtype=torch.float32, device=p.q.device)
+    held = rows_of_parts(rows, n)
+    parts = torch.empty(2 * programs * held * (width + 1), dtype=torch.float32, device=p.q.device)
     launch(
         split_kernel, (programs,), p.q.device,
         p.q, descriptor(k_pairs, *box), descriptor(v_pairs, *box), p.out, p.lse,
         parts, tickets(p.batch * heads_kv * row_blocks, p.q.device), p.descale_k, p.descale_v,
         p.seqlens_k, p.starts, p.block_table, p.q.stride(), p.out.stride(), table_stride, p.batch, p.heads_q,
         heads_kv, p.seqlen_q, p.seqlen_k, row_blocks, p.scale * LOG2_E.value, p.window_left, p.k.shape[0],
-        HEAD_DIM=p.head_dim, WIDTH=width, N=n, ROWS=rows_of_parts(rows, n), BLOCK_N=block_n, STAGES=stages,
-        PAGE_SIZE=p.page_size, SIDE=side, E5M2=p.k.dtype == torch.float8_e5m2, BATCH=max(128, 1 << (lengths - 1).bit_length()),
-        num_warps=num_warps, launch_pdl=True,
+        HEAD_DIM=p.head_dim, WIDTH=width, N=n, ROWS=held, BLOCK_N=block_n, STAGES=stages, PAGE_SIZE=p.page_size,
+        SIDE=side, E5M2=p.k.dtype == torch.float8_e5m2, BATCH=lengths_for(p), num_warps=num_warps, launch_pdl=True,
     )  # fmt: skip
     return problem.result()
 

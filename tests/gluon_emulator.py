@@ -680,7 +680,7 @@ class Program:
     # ---- what kernels call
 
     def touch_memory(self):
-        """PTX griddepcontrol.wait: what earlier kernels write is complete, and what they read may be written, after it."""
+        """PTX griddepcontrol.wait: only after it is what earlier kernels write complete, and what they read free."""
         if self.running is not None and not self.running.alone:
             raise ProtocolError("touches memory that the kernel ahead of this one may still be using")
 

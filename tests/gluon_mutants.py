@@ -6,8 +6,8 @@ import pathlib
 import common.hopper
 
 HOPPER = pathlib.Path(common.hopper.__file__)
-NEEDED = ("release", "wait_for_kernel_before", "wait_full", "skip", "fence_async_shared", "tma.store_wait", "mbarrier.wait", "mbarrier.arrive",
-          "mbarrier.expect")  # fmt: skip
+NEEDED = ("release", "wait_for_kernel_before", "wait_full", "skip", "fence_async_shared", "tma.store_wait",
+          "mbarrier.wait", "mbarrier.arrive", "mbarrier.expect")  # fmt: skip
 REWRITES = {  # of text in common/hopper.py
     "the producer's phase inverted": ("((i // SLOTS) & 1) ^ 1", "(i // SLOTS) & 1"),
     "the consumer's phase inverted": ("(i // SLOTS) & 1, pred=pred)", "((i // SLOTS) & 1) ^ 1, pred=pred)"),
