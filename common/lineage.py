@@ -127,6 +127,8 @@ class Version:
             return None
         if not self.fp8 and isinstance(k, torch.Tensor) and k.dtype.itemsize == 1:
             return "takes no float8 caches"
+        if not self.half and isinstance(k, torch.Tensor) and k.dtype.itemsize != 1:
+            return "takes float8 caches alone"
         beyond = [name for name in CACHE_ARGUMENTS if arguments.get(name) is not None and name not in self.takes]
         return f"takes no {', '.join(beyond)}" if beyond else None
 

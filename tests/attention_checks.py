@@ -274,6 +274,11 @@ def small_tiles(version, block_m: int = 32, block_n: int = 32) -> Tiles | None:
     return Tiles(block_m if version.family == "prefill" else 1, block_n, 4, 2)
 
 
+def as_cache(version, *tensors) -> list[torch.Tensor]:
+    """16-bit keys and values as they are, or as float8 for a version that takes float8 caches alone."""
+    return [x if version.half else x.to(FP8["e4m3"]) for x in tensors]
+
+
 def splits_for(version, number: int) -> int | None:
     """num_splits for a call; None for versions that cut the keys in their own way."""
     q = torch.empty(1, 1, 1, 64, dtype=torch.float16)

@@ -10,6 +10,7 @@ from attention_checks import (
     Case,
     all_versions,
     all_versions_and_dtypes,
+    as_cache,
     assert_close,
     assert_lse_close,
     call,
@@ -455,8 +456,9 @@ def test_entry_point(device):
 
 def test_older_versions_decline():
     """By name, so that a benchmark can say why there is no number."""
-    q, k = (torch.empty(1, 1, n, 16, dtype=torch.float16) for n in (1, 16))  # of keys, or a page of them
+    q, cache = (torch.empty(1, 1, n, 16, dtype=torch.float16) for n in (1, 16))  # of keys, or a page of them
     for version in versions_of("decoding"):
+        (k,) = as_cache(version, cache)
         for name in CACHE_ARGUMENTS:
             expected = None if name in version.takes else f"takes no {name}"
             assert version.why_not_call(q, k, k, **{name: q}) == expected

@@ -15,7 +15,9 @@ from attention_checks import (
     needs_gpu,
     paged,
     relative_error,
+    skip_unless_served,
     small_tiles,
+    splits_for,
     store,
     table,
     tensor_bytes,
@@ -33,6 +35,11 @@ fp8_versions = all_versions("decoding", fp8=True)
 formats = pytest.mark.parametrize("fp8_dtype", ["e4m3", "e5m2"])
 LIMIT = {"fp16": FINEST["fp16"], "bf16": 4e-3}  # of what the cache holds no more is lost than in 16 bits
 SMALL = Tiles(16, 32, 4, 2)  # a tile that takes columns two by two
+
+
+def small(version) -> Tiles | None:
+    """SMALL; None for kernels written for the tiles that they bring."""
+    return SMALL if version.requires.interpreter else None
 
 
 @pytest.fixture(autouse=True)
@@ -76,8 +83,9 @@ def test_values(version, fp8_dtype, dtype, block, device):
     case = Case(2, 8, 2, 1, 75, 64, lengths_k=(75, 33))
     q, cache, options = cache_and_options(case, dtype, fp8_dtype, block, device)
     options |= case.options(device)
-    for tiles in (None, SMALL):
-        out, lse = call(version, q, cache.k, cache.v, num_splits=2, return_lse=True, tiles=tiles, **options)
+    for tiles in (None, small(version)):
+        more = dict(num_splits=splits_for(version, 2), return_lse=True, tiles=tiles)
+        out, lse = call(version, q, cache.k, cache.v, **more, **options)
         assert_close(out, q, *dequantised(cache, block), dtype, limit=LIMIT[dtype], lse=lse, **case.options(device))
 
 
@@ -88,7 +96,7 @@ def test_every_number_of_the_format(version, fp8_dtype, device):
     numbers = torch.arange(256, dtype=torch.uint8, device=device).view(1, 4, 1, 64).view(FP8[fp8_dtype])
     q, keys = torch.zeros(1, 8, 1, 64, dtype=torch.bfloat16, device=device), torch.zeros_like(numbers)
     wanted = numbers.float().to(torch.bfloat16).repeat_interleave(2, 1)
-    for tiles in (None, Tiles(1, 16, 4, 2)):
+    for tiles in (None, Tiles(1, 16, 4, 2) if version.requires.interpreter else None):
         out = version.call(q, keys, numbers, tiles=tiles)
         torch.testing.assert_close(out, wanted, rtol=0, atol=0, equal_nan=True)
     scores = numbers.transpose(1, 2).contiguous()  # and in K: a query that asks for column d finds its number
@@ -117,7 +125,8 @@ def test_pages(version, heads_q, heads_kv, seqlen_q, page_size, block, device):
     lengths = (75, 33)
     case = Case(2, heads_q, heads_kv, seqlen_q, 75, 32, lengths_k=lengths)
     q, cache, options = cache_and_options(case, "fp16", "e4m3", block, device)
-    more = case.options(device) | {"num_splits": 2, "window": (60, 0), "return_lse": True, "tiles": SMALL}
+    more = {"num_splits": splits_for(version, 2), "window": (60, 0), "return_lse": True, "tiles": small(version)}
+    more |= case.options(device)
     flat = call(version, q, cache.k, cache.v, **options, **more)
     wanted = attention_oracle(
         q, *dequantised(cache, block), is_causal=True, window=(60, 0), seqlens_k=ints(lengths, device)
@@ -138,6 +147,8 @@ def test_pages(version, heads_q, heads_kv, seqlen_q, page_size, block, device):
 
 LAYOUTS = {
     "odd": ("padded", 59),
+    "side-by-side": ("bshd", 64),
+    "rows-of-128": ("bshd", 128),
     "packed": ("packed", 64),
     "unaligned": ("unaligned", 64),
     "strided": ("last-strided", 40),
@@ -151,7 +162,7 @@ def test_layouts(version, layout, head_dim, device):
     q, k, v = Case(2, 4, 2, 1, 75, head_dim).tensors("fp16", device)
     cache = quantize_cache(k, v)
     k8, v8 = (store(x, layout) for x in (cache.k, cache.v))
-    out = call(version, q, k8, v8, descale_k=cache.descale_k, descale_v=cache.descale_v, tiles=SMALL)
+    out = call(version, q, k8, v8, descale_k=cache.descale_k, descale_v=cache.descale_v, tiles=small(version))
     assert_close(out, q, *dequantised(cache), "fp16", limit=LIMIT["fp16"])
 
 
@@ -164,13 +175,15 @@ def test_append(version, fp8_dtype, page_size, device):
     q, cache, options = cache_and_options(Case(4, 4, 2, 3, 41, 32), "fp16", fp8_dtype, None, device)
     caches, block_table = [cache.k, cache.v], None
     new = [torch.zeros(4, 2, 3, 32, device=device).to(x.dtype) for x in caches]
+    skip_unless_served(version, q, *caches, k_new=new[0], v_new=new[1], **options)
     for b, length in enumerate(lengths):
         count = min(length, 3)
         for fresh, x in zip(new, caches, strict=True):
             fresh[b, :, 3 - count :].copy_(x[b, :, length - count : length])
     if page_size:
         *caches, block_table = paged(*caches, lengths, page_size)
-    options |= dict(block_table=block_table, seqlens_k=ints(lengths, device), num_splits=3, tiles=SMALL)
+    options |= dict(block_table=block_table, seqlens_k=ints(lengths, device))
+    options |= dict(num_splits=splits_for(version, 3), tiles=small(version))
     wanted = call(version, q, *caches, **options)
     before = [tensor_bytes(x).clone() for x in caches]
     for x in caches:
@@ -190,8 +203,9 @@ def test_append(version, fp8_dtype, page_size, device):
 def test_touches_its_own_memory_alone(version, block, device, own_memory_alone):
     """Loads of factors past their end too."""
     q, cache, options = cache_and_options(Case(2, 4, 2, 1, 75, 24), "fp16", "e4m3", block, device)
-    version.call(q, cache.k, cache.v, num_splits=3, tiles=SMALL, **options)
-    version.call(q, cache.k, cache.v, num_splits=3, tiles=small_tiles(version), **options)
+    skip_unless_served(version, q, cache.k, cache.v, **options)
+    version.call(q, cache.k, cache.v, num_splits=splits_for(version, 3), tiles=small(version), **options)
+    version.call(q, cache.k, cache.v, num_splits=splits_for(version, 3), tiles=small_tiles(version), **options)
 
 
 @fp8_versions
@@ -201,7 +215,7 @@ def test_queries_beyond_float16(version, size, device):
     q, cache, options = cache_and_options(Case(1, 4, 2, 1, 75, 32), "bf16", "e4m3", None, device)
     q = (q * size).to(torch.bfloat16)
     q[:, 1] = 0.0
-    out = call(version, q, cache.k, cache.v, scale=0.2 / size, tiles=SMALL, **options)
+    out = call(version, q, cache.k, cache.v, scale=0.2 / size, tiles=small(version), **options)
     wanted = attention_oracle(q, *dequantised(cache), scale=0.2 / size)
     assert relative_error(out, wanted) < LIMIT["bf16"]
 
@@ -212,7 +226,7 @@ def test_factors_beyond_float16(version, block, device):
     """Weights times small factors are no float16 any more, factors of v alone neither."""
     q, cache, options = cache_and_options(Case(1, 4, 2, 1, 75, 32), "bf16", "e4m3", block, device)
     cache = cache._replace(descale_v=cache.descale_v * 1e-12)
-    out = call(version, q, cache.k, cache.v, tiles=SMALL, **options | {"descale_v": cache.descale_v})
+    out = call(version, q, cache.k, cache.v, tiles=small(version), **options | {"descale_v": cache.descale_v})
     assert_close(out, q, *dequantised(cache, block), "bf16", limit=LIMIT["bf16"])
 
 
