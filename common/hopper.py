@@ -82,6 +82,22 @@ def wait_for_kernel_before():
     gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
 
 
+@gluon.jit
+def bring_to_l2(X, stride, off_b, off_h, start_n, seqlen_k, BLOCK_N: gl.constexpr, ROW: gl.constexpr):
+    """Rows start_n.. of X [batch, heads, seqlen_k, ROW numbers] start for the L2. Should others still write them, that
+    does no harm: the L2 is where all meet, and nobody reads them yet.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    LINE: gl.constexpr = 128 // (X.dtype.element_ty.primitive_bitwidth // 8)
+    offs_n = gl.minimum(start_n + gl.arange(0, BLOCK_N, layout=LAYOUT), seqlen_k - 1)
+    first = X + off_b.to(gl.int64) * stride[0] + off_h.to(gl.int64) * stride[1]
+    for c in gl.static_range(0, ROW, LINE):
+        rows = first + offs_n.to(gl.int64) * stride[2] + c
+        gl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [rows], gl.int32, is_pure=False, pack=1
+        )
+
+
 # sizes below is (seqlen_q, seqlen_k, window_left, window_right), with None for no bound: common/masking.py
 
 

@@ -28,6 +28,7 @@ from common.equal_pieces import (
 )
 from common.exponent import LOG2_E
 from common.hopper import (
+    bring_to_l2,
     descriptor,
     fill,
     let_next_kernel_start,
@@ -50,11 +51,22 @@ MOST_ROWS = {64: 64, 128: 32, 256: 16}  # of a tile, by its columns: what the re
 
 
 @gluon.jit
-def producer(shared, k_desc, v_desc, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr):
+def producer(
+    shared, k_desc, v_desc, caches, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
+    SIDE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     k_ring, v_ring, work, batch, items, row_blocks, keys, pages = shared
     start, end, total, off_b, base = work
     table, stride_table, num_pages = pages
     i = start * 0
+    if table is None and keys[1] is None and keys[2] is None:  # where nothing has to be read for it
+        if start < end:
+            K, V, stride_k, stride_v = caches
+            b, item, begin, _ = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
+            _, _, lo, _ = keys_in_reach(b, batch, keys, BLOCK_N)
+            start_n = (lo + start - begin) * BLOCK_N
+            bring_to_l2(K, stride_k, b, item // row_blocks * SIDE, start_n, keys[0], BLOCK_N, SIDE * HEAD_DIM)
+            bring_to_l2(V, stride_v, b, item // row_blocks * SIDE, start_n, keys[0], BLOCK_N, SIDE * HEAD_DIM)
     while start < end:
         b, item, begin, finish = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
         _, len_k, lo, _ = keys_in_reach(b, batch, keys, BLOCK_N)
@@ -154,19 +166,19 @@ def consumer(
         q_even = gl.load(Q + even, mask=mask_q, other=0.0)
         q_odd = gl.load(Q + even + 1, mask=mask_q, other=0.0)
         scales = gl.full([N], scale_log2, gl.float32, gl.SliceLayout(0, LAYOUT))
+        descale_v = 1.0
+        kv_heads = (b * (items // row_blocks) + item // row_blocks) * SIDE  # [N] from here on: each row has its own
+        kv_heads += gl.minimum(start_m + offs_r, rows - 1) // (rows // SIDE)
+        if DescaleK is not None:  # loaded together with the queries: each may be far away
+            scales *= gl.load(DescaleK + kv_heads)
+        if DescaleV is not None:
+            descale_v = gl.load(DescaleV + kv_heads)
         if dtype == gl.bfloat16:  # v9: float8 becomes float16 in one step, and so must what it is multiplied with
             q_even, q_odd, unit = as_float16(q_even, q_odd)
             scales *= gl.convert_layout(unit, scales.type.layout)
         q_smem.index(0).store(q_even)
         q_smem.index(1).store(q_odd)
         fence_async_shared()
-        descale_v = 1.0
-        kv_heads = (b * (items // row_blocks) + item // row_blocks) * SIDE  # [N] from here on: each row has its own
-        kv_heads += gl.minimum(start_m + offs_r, rows - 1) // (rows // SIDE)
-        if DescaleK is not None:
-            scales *= gl.load(DescaleK + kv_heads)
-        if DescaleV is not None:
-            descale_v = gl.load(DescaleV + kv_heads)
         missing = start < 0
         if table is not None and GROUP == 0:  # said aloud, where nobody could refuse it
             here, gone = (lo + start - begin) * BLOCK_N, (lo + stop - begin) * BLOCK_N
@@ -206,13 +218,14 @@ def consumer(
 @gluon.jit(do_not_specialize=["batch", "seqlen_k"])
 def split_kernel(
     Q, k_desc, v_desc,  # [batch, heads_q, seqlen_q, HEAD_DIM], [batch, heads_kv, seqlen_k, pairs of HEAD_DIM] twice
+    K, V,  # float8 [batch, heads_kv, seqlen_k, HEAD_DIM], what the descriptors describe
     Out, LSE,  # like Q; float32 [batch, heads_q, seqlen_q] or None
     Parts,  # float32 [2 * programs, ROWS, WIDTH], then the like without WIDTH
     Tickets,  # int32 [items of all sequences], zeros
     DescaleK, DescaleV,  # float32 [batch, heads_kv] or None
     seqlens_k, starts,  # int32 [batch] or None
     BlockTable,  # int32 [batch, pages of a sequence] or None: k and v are [num_pages, heads_kv, PAGE_SIZE, HEAD_DIM]
-    stride_q, stride_o, stride_table,  # (batch, head, row, 1), in elements; of a sequence, in entries
+    stride_q, stride_k, stride_v, stride_o, stride_table,  # (batch, head, row, 1), elements; of a sequence, entries
     batch, heads_q, heads_kv, seqlen_q, seqlen_k, row_blocks, scale_log2, window_left, num_pages,
     HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, BATCH: gl.constexpr, PAGE_SIZE: gl.constexpr, SIDE: gl.constexpr, E5M2: gl.constexpr,
@@ -233,7 +246,7 @@ def split_kernel(
     gl.warp_specialize([
         (consumer, (shared, args, handed, PAGE_SIZE, HEAD_DIM, N, ROWS, SIDE, E5M2, STAGES, 0)),
         (consumer, (shared, args, handed, PAGE_SIZE, HEAD_DIM, N, ROWS, SIDE, E5M2, STAGES, 1)),
-        (producer, (shared, k_desc, v_desc, BLOCK_N, PAGE_SIZE, STAGES)),
+        (producer, (shared, k_desc, v_desc, (K, V, stride_k, stride_v), BLOCK_N, PAGE_SIZE, HEAD_DIM, SIDE, STAGES)),
     ], [4, 1], [232, 40])  # fmt: skip
 
 
@@ -298,10 +311,11 @@ def call_flash_decoding_v9(
     parts = torch.empty(2 * programs * held * (width + 1), dtype=torch.float32, device=p.q.device)
     launch(
         split_kernel, (programs,), p.q.device,
-        p.q, descriptor(k_pairs, *box), descriptor(v_pairs, *box), p.out, p.lse,
+        p.q, descriptor(k_pairs, *box), descriptor(v_pairs, *box), p.k, p.v, p.out, p.lse,
         parts, tickets(p.batch * heads_kv * row_blocks, p.q.device), p.descale_k, p.descale_v,
-        p.seqlens_k, p.starts, p.block_table, p.q.stride(), p.out.stride(), table_stride, p.batch, p.heads_q,
-        heads_kv, p.seqlen_q, p.seqlen_k, row_blocks, p.scale * LOG2_E.value, p.window_left, p.k.shape[0],
+        p.seqlens_k, p.starts, p.block_table, p.q.stride(), p.k.stride(), p.v.stride(), p.out.stride(), table_stride,
+        p.batch, p.heads_q, heads_kv, p.seqlen_q, p.seqlen_k, row_blocks, p.scale * LOG2_E.value, p.window_left,
+        p.k.shape[0],
         HEAD_DIM=p.head_dim, WIDTH=width, N=n, ROWS=held, BLOCK_N=block_n, STAGES=stages, PAGE_SIZE=p.page_size,
         SIDE=side, E5M2=p.k.dtype == torch.float8_e5m2, BATCH=lengths_for(p), num_warps=num_warps, launch_pdl=True,
     )  # fmt: skip

@@ -1071,6 +1071,8 @@ class Emulator:
         asm = asm.value if isinstance(asm, real_gl.constexpr) else asm
         if asm.startswith("griddepcontrol.wait;"):
             self.program.running.alone = True
+        elif asm.startswith("prefetch.global.L2 "):
+            args[1][0].elements(None)  # addresses of the tensor's, and nothing is read
         elif not asm.startswith("griddepcontrol.launch_dependents;"):
             return _inline_asm(asm, *args, **kwargs)
 

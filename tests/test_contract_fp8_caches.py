@@ -109,7 +109,7 @@ def test_every_number_of_the_format(version, fp8_dtype, device):
             _, lse = version.call(q, one, torch.zeros_like(one), scale=1.0, return_lse=True)
             number = one[0, 0, 0].float()
             if number.isfinite().all():
-                assert lse.item() == number[column].item()
+                assert lse.item() == pytest.approx(number[column].item(), rel=1e-6)  # formats have steps of 1/16
 
 
 ROWS = {"one-row": (2, 2, 1), "4": (4, 1, 1), "mqa-64": (64, 1, 1), "3-x-5-queries": (3, 1, 5), "80": (5, 1, 16)}

@@ -1,5 +1,6 @@
 """What every version compiles to, through its real launch function, on GPUs that are not here."""
 
+import functools
 import re
 
 import pytest
@@ -159,7 +160,7 @@ FP8_CACHES = [
     ("sm_90", "e4m3", 128, None, 8, {"descales": "head", "append": True}),
     ("sm_90", "e4m3", 128, 16, 4, {"descales": "head", "append": True, "window": True}),
 ]  # fmt: skip
-FP8_VERSIONS = [version for version in versions_of("decoding") if version.fp8]
+FP8_VERSIONS = [version for version in versions_of("decoding") if version.fp8 and not version.requires.exactly]
 
 
 @pytest.mark.parametrize("version", FP8_VERSIONS, ids=lambda version: version.name)
@@ -182,12 +183,15 @@ def test_fp8_caches(version, arch, dtype, head_dim, page_size, seqlen_q, more):
     assert loop.has("LDSM") >= numbers // 16  # four numbers in each of four registers
 
 
-# What decoding v6 and v7 are called with beside q, k, v, and the rows of a KV head: query heads, KV heads, queries.
+# What decoding's Gluon versions are called with beside q, k, v; the rows of a KV head: query heads, KV heads, queries.
 MASKS = {
     "plain": (), "lengths": ("seqlens_k",), "starts": ("starts",), "window": ("window",), "lse": ("return_lse",),
     "all": ("seqlens_k", "starts", "window", "return_lse"),
 }  # fmt: skip
-ROWS = {"1-row": (8, 8, 1), "4-rows": (32, 8, 1), "16-rows": (16, 1, 1), "64-rows": (64, 1, 1), "80-rows": (5, 1, 16)}
+ROWS = {
+    "1-row": (8, 8, 1), "4-rows": (32, 8, 1), "16-rows": (16, 1, 1), "4-queries": (32, 8, 4), "64-rows": (64, 1, 1),
+    "80-rows": (5, 1, 16),
+}  # fmt: skip
 KEYS_AS_ROWS = [
     *[("fp16", 128, "4-rows", mask) for mask in MASKS],
     *[("fp16", d, "1-row", "plain") for d in (64, 80, 256)], *[("bf16", d, "4-rows", "all") for d in (64, 80, 256)],
@@ -198,45 +202,85 @@ KEYS_IN_PAGES = [
     *[(page, "fp16", 128, "4-rows", "all") for page in (8, 16, 256)], (16, "bf16", 64, "4-rows", "all"),
     (16, "bf16", 256, "4-rows", "all"), (16, "fp16", 80, "80-rows", "all"), (256, "fp16", 80, "1-row", "plain"),
 ]  # fmt: skip
+LAUNCHED_EARLY = [  # v8
+    (None, "fp16", 64, "1-row", "plain"), (None, "fp16", 128, "4-rows", "plain"), (None, "bf16", 80, "4-rows", "all"),
+    (None, "fp16", 256, "4-queries", "lengths"), (16, "bf16", 64, "4-queries", "all"),
+    (16, "fp16", 128, "4-queries", "window"), (16, "bf16", 256, "1-row", "plain"),
+    (64, "fp16", 80, "4-queries", "starts"), (64, "bf16", 128, "4-rows", "all"),
+]  # fmt: skip
+PAIRS = [  # v9
+    *[(None, "e4m3", d, "4-rows", "plain") for d in (64, 80, 128, 256)],
+    *[(None, "e5m2", d, "1-row", "all") for d in (64, 128, 256)],
+    *[(page, "e4m3", d, "4-queries", "all") for page in (16, 64) for d in (64, 128)],
+    (16, "e4m3", 256, "4-queries", "lengths"), (64, "e5m2", 80, "4-queries", "window"),
+    (8, "e4m3", 128, "1-row", "lse"), (None, "e4m3", 64, "64-rows", "all"),
+    *[(None, "e4m3", d, "80-rows", "all") for d in (64, 128, 256)],
+]  # fmt: skip
 # Outside of the loop over keys, by the columns: while all rows of an item are read, merged and written.
 SPILLS_AN_ITEM = {8: 0, 16: 32 if triton_version() < (3, 7) else 0, 64: 96}
+SPILLS_OF = {
+    "v8": {16: 24} if triton_version() >= (3, 9) else {},  # without lengths, where 3.9 keeps more of the merge
+    # Two groups and a loader have 232, 232 and 40 registers, where v8's two have 255 each.
+    "v9": {16: 36, 32: 28, 64: 28} if triton_version() < (3, 9) else {8: 48, 16: 76, 32: 32, 64: 48},
+}
+if triton_version()[1] == 7:
+    SPILLS_OF["v9"][8] = 12
+# Inside of it, v9, at most so many a turn of 600 to 900 instructions, in a group: with pages, of which the first group
+# looks whether they are there, or 64 rows, a number or two of the item's do not fit beside the blocks of K and V.
+SPILLS_A_TURN = {
+    (16, "e4m3", 64, "4-queries", "all"): 1, (64, "e4m3", 64, "4-queries", "all"): 1,
+    (16, "e4m3", 128, "4-queries", "all"): 4, (16, "e4m3", 256, "4-queries", "lengths"): 3,
+    (64, "e5m2", 80, "4-queries", "window"): 3, (None, "e4m3", 64, "80-rows", "all"): 1,
+}  # fmt: skip
+
+
+@functools.cache
+def compiled_step(name, page, dtype, head_dim, rows, mask):
+    """The kernel of one call of a Gluon version of decoding; the tiles it chose; whether it may be launched early."""
+    version, gpu = find_version("decoding", name), KNOWN["sm_90"]
+    (heads_q, heads_kv, seqlen_q), element = ROWS[rows], {"fp16": torch.float16, "bf16": torch.bfloat16} | FP8
+    of_q = {"e4m3": torch.float16, "e5m2": torch.bfloat16}.get(dtype, element[dtype])
+    integers = torch.empty(2, dtype=torch.int32, device="meta")
+    given = {"seqlens_k": integers, "starts": integers, "window": (4096, 0), "return_lse": True}
+    q, k = (
+        torch.empty(2, seqlen, heads, head_dim, dtype=of, device="meta").transpose(1, 2)
+        for seqlen, heads, of in ((seqlen_q, heads_q, of_q), (65536, heads_kv, element[dtype]))
+    )
+    options = {name: given[name] for name in MASKS[mask]}
+    if page is not None:
+        k = torch.empty(2 * 65536 // page, page, heads_kv, head_dim, dtype=k.dtype, device="meta").transpose(1, 2)
+        options["block_table"] = torch.empty(2, 65536 // page, dtype=torch.int32, device="meta")
+    if dtype in FP8 and mask == "all":
+        options |= {name: torch.empty(2, heads_kv, device="meta") for name in ("descale_k", "descale_v")}
+    with pretend(gpu), recorded_launches(target_of(gpu)) as launches:
+        version.call(q, k, k, **options)
+        tiles = version.tiles(AttentionProblem.decoding(
+            q, k, k, most_queries=16, block_table=options.get("block_table"), fp8_caches=True
+        ))  # fmt: skip
+    [(kernel, constants, compiled)] = launches
+    case = case_for(version, "sm_90", dtype=dtype, head_dim=head_dim)
+    return _examined(case, kernel, True, constants, compiled), tiles, compiled.metadata.launch_pdl
 
 
 @pytest.mark.parametrize(
     "name, page, dtype, head_dim, rows, mask",
     [("v6", None, *cell) for cell in KEYS_AS_ROWS]
     + [("v7", None, *KEYS_AS_ROWS[0]), ("v7", None, *KEYS_AS_ROWS[5])]
-    + [("v7", *cell) for cell in KEYS_IN_PAGES],
+    + [("v7", *cell) for cell in KEYS_IN_PAGES]
+    + [("v8", *cell) for cell in LAUNCHED_EARLY],
 )
 def test_keys_are_rows(name, page, dtype, head_dim, rows, mask):
     """v6: both products take K and V from where TMA has put them, V transposed, with no more columns than rows need.
 
     v7: a box for each page and 64 columns, and the loop over keys knows of no pages.
     """
-    version, gpu = find_version("decoding", name), KNOWN["sm_90"]
-    (heads_q, heads_kv, seqlen_q), element = ROWS[rows], {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    integers = torch.empty(2, dtype=torch.int32, device="meta")
-    given = {"seqlens_k": integers, "starts": integers, "window": (4096, 0), "return_lse": True}
-    q, k = (
-        torch.empty(2, seqlen, heads, head_dim, dtype=element, device="meta").transpose(1, 2)
-        for seqlen, heads in ((seqlen_q, heads_q), (65536, heads_kv))
-    )
-    options = {name: given[name] for name in MASKS[mask]}
-    if page is not None:
-        k = torch.empty(2 * 65536 // page, page, heads_kv, head_dim, dtype=element, device="meta").transpose(1, 2)
-        options["block_table"] = torch.empty(2, 65536 // page, dtype=torch.int32, device="meta")
-    with pretend(gpu), recorded_launches(target_of(gpu)) as launches:
-        version.call(q, k, k, **options)
-        columns, block_n, _, _ = version.tiles(
-            AttentionProblem.decoding(q, k, k, most_queries=16, block_table=options.get("block_table"))
-        )
-    case = case_for(version, "sm_90", dtype=dtype, head_dim=head_dim)
-    kernel = _examined(case, launches[0][0], True, *launches[0][1:])
+    kernel, (columns, block_n, _, _), _ = compiled_step(name, page, dtype, head_dim, rows, mask)
     found, (loop,) = facts(kernel), kernel.main_loops
-    assert columns == {"1-row": 8, "4-rows": 8, "16-rows": 16}.get(rows, 16 if head_dim == 256 else 64)
+    few = {"1-row": 8, "4-rows": 8, "16-rows": 16, "4-queries": 16}
+    assert columns == few.get(rows, 16 if head_dim == 256 else 64)
     assert found["shared"] <= found["shared_limit"], found
-    assert found["spills"] <= SPILLS_AN_ITEM[columns] and loop.has("STL") == loop.has("LDL") == 0, found
-    assert narrow_offsets(kernel.stage("ttgir"), dtype) == []
+    assert found["spills"] <= most_spills(name, columns) and loop.has("STL") == loop.has("LDL") == 0, found
+    assert narrow_offsets(kernel.stage("ttgir"), dtype) == narrow_rows(kernel.stage("ttgir"), dtype) == []
 
     code = [kernel.code.instructions[i] for i in loop.body]
     products = [i.text for i in code if i.opcode.startswith("HGMMA")]
@@ -246,9 +290,110 @@ def test_keys_are_rows(name, page, dtype, head_dim, rows, mask):
     if mask in ("plain", "lse"):  # what warps tell each other of the maximum, and nothing of K and V
         assert loop.has("LDS") <= 4 + columns // 4, loop.opcodes
     assert loop.has("LDG") == loop.has("UTMALDG") == 0
-    boxes = sum(i.opcode.startswith("UTMALDG.4D") for i in kernel.code.instructions)
-    panels = 2 * max(64, 1 << (head_dim - 1).bit_length()) // 64  # of K and V
-    assert boxes == panels * (1 if page is None else max(1, block_n // page))
+    assert boxes_of(kernel) == 2 * max(64, 1 << (head_dim - 1).bit_length()) // 64 * pages_of_a_block(page, block_n)
+
+
+def most_spills(name: str, columns: int) -> int:
+    return (SPILLS_AN_ITEM | SPILLS_OF.get(name, {}))[columns]
+
+
+def boxes_of(kernel) -> int:
+    """Copies by TMA in the program: of K and V, for each page of a block and each 128 bytes of a row."""
+    return sum(i.opcode.startswith("UTMALDG.4D") for i in kernel.code.instructions)
+
+
+def pages_of_a_block(page, block_n: int) -> int:
+    return 1 if page is None else max(1, block_n // page)
+
+
+@pytest.mark.parametrize("page, dtype, head_dim, rows, mask", PAIRS)
+def test_pairs_become_float16(page, dtype, head_dim, rows, mask):
+    """v9: a warp reads K as it lies and V transposed, 16 bits that are two columns, and what the left operands of both
+    products have in registers is made of them by as many instructions as there must be: two for four numbers, and one
+    that sorts them. Each of the two groups has a loop of its own.
+    """
+    kernel, (columns, block_n, _, _), _ = compiled_step("v9", page, dtype, head_dim, rows, mask)
+    found, width, text = facts(kernel), kernel.constants["WIDTH"], kernel.stage("ttgir")
+    assert width == (128 if head_dim == 64 and rows in ("1-row", "4-rows", "4-queries") else block_d_of(head_dim))
+    assert found["shared"] <= found["shared_limit"] and found["spills"] <= most_spills("v9", columns), found
+    of_q = {"e4m3": "fp16", "e5m2": "bf16"}[dtype]
+    assert narrow_offsets(text, of_q) == narrow_rows(text, of_q) == []
+    assert boxes_of(kernel) == 2 * max(1, width // 128) * pages_of_a_block(page, block_n)
+
+    numbers = block_n * width // 128  # of K, and as many of V, a thread of a group
+    assert len(kernel.main_loops) == 2
+    for loop in kernel.main_loops:
+        code = [kernel.code.instructions[i] for i in loop.body]
+        products = [i.text for i in code if i.opcode.startswith("HGMMA")]
+        assert len(products) == 2 * block_n * width // (64 * 16)
+        assert all(re.match(rf"HGMMA\.64x{columns}x16\.\S+ R\d+, R\d+, gdesc", text) for text in products), products
+        assert loop.has("LDSM.16.M88.4") == loop.has("LDSM.16.MT88.4") == numbers // 16  # four numbers a register
+        assert [opcode for opcode in loop.opcodes if re.match(r"(LDG|LDS|LDL|LD)\b.*\.[US]8", opcode)] == []
+        assert loop.has("F2FP.F16.E4M3") == (numbers if dtype == "e4m3" else 0)  # e5m2 needs the sorting ones alone
+        if mask in ("plain", "lse"):  # what warps tell each other of the maximum, and nothing else of K and V
+            assert loop.has("LDS") - 2 * (numbers // 16) <= 4 + columns // 4, loop.opcodes
+            assert loop.has("PRMT") == numbers // 2
+        most = SPILLS_A_TURN.get((page, dtype, head_dim, rows, mask), 0)
+        assert loop.has("STL") + loop.has("LDL") <= most and loop.has("LDG") == loop.has("UTMALDG") == 0
+
+
+def block_d_of(head_dim: int) -> int:
+    return max(64, 1 << (head_dim - 1).bit_length())
+
+
+def test_half_the_instructions_of_a_float8_cache():
+    """Of each of the four warps that work on 128 keys: v9 fewer than 450, v5 more than twice as many."""
+    v5, v9 = (compiled_step(name, None, "e4m3", 128, "4-rows", "plain")[0] for name in ("v5", "v9"))
+    (many,), few = ([x.size * 128 / kernel.constants["BLOCK_N"] for x in kernel.main_loops] for kernel in (v5, v9))
+    assert v5.warps == 4 and max(few) < 450 and many > 2 * max(few)
+
+
+# Launched while the kernel before it is at work (griddepcontrol.wait is ACQBULK in machine code, .launch_dependents is
+# PREEXIT).
+
+
+def reached_before(code, opcode: str) -> list:
+    """The instructions to which there is a way from the beginning that passes none of this opcode."""
+    todo, seen = [0], set()
+    while todo:
+        at = todo.pop()
+        if at in seen or at >= len(code.instructions) or code.instructions[at].opcode == opcode:
+            continue
+        seen.add(at)
+        todo += [code.labels[label] for label in code.instructions[at].targets]
+        if code.instructions[at].falls_through:
+            todo.append(at + 1)
+    return [code.instructions[at] for at in sorted(seen)]
+
+
+@pytest.mark.parametrize(
+    "name, page, dtype, head_dim, rows, mask",
+    [("v8", *LAUNCHED_EARLY[i]) for i in (0, 2, 3, 5, 8)] + [("v9", *PAIRS[i]) for i in (2, 5, 8)],
+)
+def test_nothing_is_touched_before_the_kernel_before_has_ended(name, page, dtype, head_dim, rows, mask):
+    """v8: whatever warp it is, there is no way to global memory that does not pass a wait, but to lengths: for them the
+    first warps have waited, before they started the others.
+    """
+    kernel, _, early = compiled_step(name, page, dtype, head_dim, rows, mask)
+    assert early
+    code, text = kernel.code, kernel.stage("ttgir")
+    waits = [i for i in code.instructions if i.opcode == "ACQBULK"]
+    assert len(waits) >= 2 and not any(i.predicate for i in waits)  # those that load, and those that compute
+    assert sum(i.opcode == "PREEXIT" for i in code.instructions) == 1
+    assert {"HGMMA", "UTMALDG", "STG", "ATOMG"} <= {i.opcode.split(".")[0] for i in reached_before(code, "none")}
+    touched = [i for i in reached_before(code, "ACQBULK") if i.kind.startswith("global")]
+    if not {"seqlens_k", "starts"} & set(MASKS[mask]):
+        assert touched == []
+    else:
+        assert text.index("griddepcontrol.wait") < text.index("ttg.warp_specialize")
+        assert all(i.kind == "global loads" for i in touched)
+        assert all(i.places[0].file.endswith("common/equal_pieces.py") for i in touched), touched
+
+
+def test_v7_is_launched_when_the_kernel_before_has_ended():
+    """What v8 changes is there in v8 alone."""
+    kernel, _, early = compiled_step("v7", 16, "fp16", 128, "4-rows", "all")
+    assert not early and not {"ACQBULK", "PREEXIT"} & {i.opcode for i in kernel.code.instructions}
 
 
 ELEMENT = {"fp16": "f16", "bf16": "bf16", "fp32": "f32", "e4m3": "f8E4M3FN", "e5m2": "f8E5M2"}
@@ -264,6 +409,12 @@ def narrow_offsets(ttir: str, dtype: str) -> list[str]:
     return [f"{name} + {offset}" for name, offset, kind in steps if name in tensors and kind != "i64"]
 
 
+def narrow_rows(ttgir: str, dtype: str) -> list[str]:
+    """The like of a Gluon kernel, where addresses are tensors by then: steps by 32-bit numbers, constants excepted."""
+    pattern = rf"tt\.addptr %\w+, (%\w+) : (?:tensor<[\dx]*)?!tt\.ptr<{ELEMENT[dtype]}>.*?, (?:tensor<[\dx]*)?(i\d+)"
+    return [offset for offset, kind in re.findall(pattern, ttgir) if kind != "i64" and not offset.startswith("%cst")]
+
+
 def test_narrow_offsets_are_found():
     signature = "tt.func public @kernel(%Q: !tt.ptr<f16> {tt.divisibility = 16 : i32}, %table: !tt.ptr<i32>)"
     steps = ["%Q_1 = tt.addptr %Q, %a : !tt.ptr<f16>, i64", "%b = tt.addptr %table, %a : !tt.ptr<i32>, i32"]
@@ -272,6 +423,8 @@ def test_narrow_offsets_are_found():
     assert narrow_offsets("\n".join([signature, *steps]), "fp16") == ["%Q + %c"]
     ttir = compile_version(find_version("prefill", "v1"), "sm_90")[0].stage("ttir")
     assert narrow_offsets(re.sub(r"(!tt\.ptr<f16>), i64", r"\1, i32", ttir), "fp16") != []  # so they are in the text
+    ttgir = compiled_step("v8", None, "fp16", 128, "4-rows", "plain")[0].stage("ttgir")
+    assert narrow_rows(re.sub(r"(!tt\.ptr<f16>.*x)i64", r"\1i32", ttgir), "fp16") != []
 
 
 @pytest.mark.parametrize("arch", NVIDIA)
