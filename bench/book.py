@@ -164,12 +164,12 @@ class Book:
         both = self.pair(who, base, cell, variant, timing)
         return self.speed(both[0]) / self.speed(both[1]) if both else None
 
-    def against(self, who: str, cell: Cell, other: Cell) -> float | None:
-        """How many times faster `who` is at `cell` than at `other`, in the newest run that has both."""
-        mine, theirs = self.runs(who, cell), self.runs(who, other)
-        run = max(mine.keys() & theirs.keys(), default=None)
-        both = run and passed(mine[run]) and passed(theirs[run])
-        return theirs[run]["median_ms"] / mine[run]["median_ms"] if both else None
+    def against(self, who: str, cell: Cell, other: Cell, best: bool = False) -> float | None:
+        """How many times faster `who` is at `cell` than it, or the best version, at `other`, in the newest run of both."""
+        mine, found = self.runs(who, cell), [self.runs(name, other) for name in (self.versions if best else [who])]
+        run = max(mine.keys() & set().union(*found), default=None)
+        theirs = [runs[run]["median_ms"] for runs in found if passed(runs.get(run))]
+        return min(theirs) / mine[run]["median_ms"] if theirs and passed(mine[run]) else None
 
     def launched_ms(self, record: Record | None) -> float | None:
         """Of a record of eager calls: one alone, from the host's start until the GPU is done; None where not taken."""

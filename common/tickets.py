@@ -9,14 +9,16 @@ GRAPHS = 2**18  # counters that captured graphs may take on a device, a MiB
 
 _of_stream: dict[tuple[int | None, int], torch.Tensor] = {}
 _for_graphs: dict[int, torch.Tensor] = {}  # those that no graph has taken yet
+_taken: list[torch.Tensor] = []  # what is left of memory that graphs have counters in, kept for them
 
 
 def tickets(count: int, device: torch.device) -> torch.Tensor:
     """Int32 zeros, `count` at least, for kernels that are launched on `device` and its current stream next.
 
     The kernels of a stream run one after the other and share its counters. A graph that is being captured may run
-    beside any stream later: it gets counters that nobody has, for good. Those are set aside at a device's first call
-    outside of a capture; where there are none, the graph itself begins with a memset.
+    beside any stream later: it gets counters that nobody has, for good. Those are set aside by a device's first call
+    outside of a capture, and again by one that finds half of them gone; where none are left, the graph makes its own by
+    a memset before each kernel, which takes 1 us, and as much again of a kernel that begins under the one before it.
     """
     if (recording := replay.recording()) is not None:
         return recording.tickets(count, device, tickets)
@@ -34,10 +36,20 @@ def _stream_counters(count: int, device: torch.device, stream: int) -> torch.Ten
     if found is None or found.numel() < count:
         found = torch.zeros(max(1024, 1 << count.bit_length()), dtype=torch.int32, device=device)
         _of_stream[device.index, stream] = found
-        if device.type == "cuda" and device.index not in _for_graphs:
-            _for_graphs[device.index] = torch.zeros(GRAPHS, dtype=torch.int32, device=device)
-            torch.cuda.current_stream(device).synchronize()  # graphs run on streams that do not wait for this one
+    if device.type == "cuda":
+        free = _for_graphs.get(device.index)
+        if free is None or free.numel() < GRAPHS // 2:
+            _set_aside(free, device)
     return found
+
+
+def _set_aside(free: torch.Tensor | None, device: torch.device):
+    """New counters for graphs; `free` are those that are left of the last ones."""
+    if free is not None:
+        _taken.append(free)
+    _for_graphs[device.index] = torch.zeros(GRAPHS, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # graphs run on streams that do not wait for this one
 
 
 def _graph_counters(count: int, device: torch.device) -> torch.Tensor:

@@ -9,10 +9,12 @@ from attention_checks import (
     Case,
     all_versions,
     assert_close,
+    assert_lse_close,
     call,
     guarded_memory,
     ints,
     needs_gpu,
+    oracle_between,
     paged,
     relative_error,
     skip_unless_served,
@@ -27,6 +29,7 @@ import decoding
 from common.hardware import KNOWN, detect_gpu, pretend
 from common.launch import Tiles
 from common.lineage import versions_of
+from common.merge import merge
 from common.problem import FP8, AttentionProblem
 from common.quantize import quantize_cache
 from common.reference import attention_oracle
@@ -87,6 +90,79 @@ def test_values(version, fp8_dtype, dtype, block, device):
         more = dict(num_splits=splits_for(version, 2), return_lse=True, tiles=tiles)
         out, lse = call(version, q, cache.k, cache.v, **more, **options)
         assert_close(out, q, *dequantised(cache, block), dtype, limit=LIMIT[dtype], lse=lse, **case.options(device))
+
+
+# Cases, and what a step has beside its lengths: first keys, a window, the keys of a page.
+STEPS = {
+    "D16": (Case(2, 2, 2, 1, 75, 16), {}),
+    "gqa-D128": (Case(2, 8, 2, 1, 300, 128, layout="bshd"), {}),
+    "mqa-D256": (Case(2, 16, 1, 1, 150, 256, lengths_k=(150, 64)), {}),
+    "5-queries-D80": (Case(2, 4, 2, 5, 200, 80, lengths_k=(200, 3)), {}),
+    "80-rows": (Case(2, 5, 1, 16, 140, 128, lengths_k=(140, 9)), {}),
+    "lengths-with-0": (Case(4, 4, 2, 1, 260, 64, lengths_k=(260, 0, 1, 129)), {}),
+    "side-by-side": (Case(3, 8, 4, 2, 300, 64, lengths_k=(300, 0, 131), layout="bshd"), {}),
+    "side-by-side-of-3": (Case(2, 6, 3, 1, 140, 64, lengths_k=(140, 65), layout="bshd"), {}),
+    "side-by-side-40-rows": (Case(1, 40, 2, 1, 140, 64, layout="bshd"), {}),
+    "starts": (Case(4, 4, 2, 1, 300, 64, layout="bshd"), {"starts": (0, 299, 300, 130)}),
+    "window": (Case(2, 4, 2, 3, 400, 128), {"window": (70, 0)}),
+    "everything": (Case(3, 8, 2, 4, 400, 64, lengths_k=(400, 290, 3), layout="bshd"),
+                   {"starts": (380, 20, 1), "window": (150, 0)}),
+    "pages-of-8": (Case(2, 4, 4, 1, 200, 80, lengths_k=(150, 0)), {"starts": (20, 0), "page_size": 8}),
+    "pages-of-64": (Case(2, 8, 2, 4, 320, 64, lengths_k=(77, 320)), {"window": (100, 0), "page_size": 64}),
+    "pages-of-256": (Case(2, 4, 2, 1, 512, 128, lengths_k=(400, 512)), {"page_size": 256}),
+}  # fmt: skip
+
+
+@fp8_versions
+@pytest.mark.parametrize("dtype, fp8_dtype", [("fp16", "e4m3"), ("bf16", "e5m2")])
+@pytest.mark.parametrize("factors", [True, False])
+@table("case, more", STEPS)
+def test_steps(version, case, more, factors, dtype, fp8_dtype, device):
+    """Heads beside each other in memory or not, one query and several, with and without factors; NaN wherever no query
+    looks; a sequence without keys.
+    """
+    q, cache, options = cache_and_options(case, dtype, fp8_dtype, None, device)
+    caches, (k, v) = [cache.k, cache.v], dequantised(cache)
+    if not factors:
+        _, k, v = case.tensors(dtype, device)
+        caches = [store(x.to(FP8[fp8_dtype]), case.layout) for x in (k, v)]
+        (k, v), options = (x.float() for x in caches), {}
+    ends = case.lengths_k or (case.seqlen_k,) * case.batch
+    starts, window, page_size = (more.get(name) for name in ("starts", "window", "page_size"))
+    firsts, parts = [], []
+    for b, (first, end) in enumerate(zip(starts or (0,) * case.batch, ends, strict=True)):
+        seen = dict(is_causal=True, window=window, return_lse=True)
+        parts.append(attention_oracle(q[b : b + 1], *(x[b : b + 1, :, first:end] for x in (k, v)), **seen))
+        firsts.append(first if window is None else max(first, end - case.seqlen_q - window[0]))
+        for x in caches:
+            x.view(torch.uint8)[b, :, : firsts[b]] = x.view(torch.uint8)[b, :, end:] = 255
+    wanted, wanted_lse = (torch.cat(part) for part in zip(*parts, strict=True))
+    options |= case.options(device) | {"window": window, "starts": None if starts is None else ints(starts, device)}
+    if page_size:
+        *caches, options["block_table"] = paged(*caches, ends, page_size)
+        for row, first in zip(options["block_table"], firsts, strict=True):
+            row[: first // page_size] = 10**6
+    options |= {"num_splits": splits_for(version, 2), "tiles": small(version)}
+    out, lse = call(version, q, *caches, return_lse=True, **options)
+    assert out.isfinite().all() and not out[wanted_lse == -math.inf].any()
+    assert relative_error(out, wanted) < LIMIT[dtype]
+    assert_lse_close(lse, wanted_lse)
+
+
+@fp8_versions
+@formats
+def test_shards_merge_into_the_whole(version, fp8_dtype, device):
+    """A cache held in several places, each attended alone; the last has no keys of the second sequence."""
+    lengths = (150, 60)
+    q, cache, options = cache_and_options(Case(2, 8, 2, 1, 150, 64, layout="bshd"), "fp16", fp8_dtype, None, device)
+    parts = []
+    for start, end in ((0, 20), (20, 70), (70, 150)):
+        options["seqlens_k"] = ints([min(max(length - start, 0), end - start) for length in lengths], device)
+        shard = (x[:, :, start:end] for x in (cache.k, cache.v))
+        parts.append(call(version, q, *shard, return_lse=True, tiles=small(version), **options))
+    out, lse = merge(*(torch.stack(part) for part in zip(*parts, strict=True)))
+    whole = {"lse": lse, "seqlens_k": ints(lengths, device)}
+    assert_close(out, q, *dequantised(cache), "fp16", limit=LIMIT["fp16"], **whole)
 
 
 @fp8_versions
@@ -241,6 +317,57 @@ def test_deterministic(version, device):
         version, q[2:], cache.k[2:, :, :1100], cache.v[2:, :, :1100], deterministic=True, seqlens_k=lengths[2:], **alone
     )
     assert torch.equal(one, out[2:])
+
+
+@needs_gpu
+@fp8_versions
+@formats
+def test_replays_with_other_contents(version, fp8_dtype, device):
+    """A captured step follows lengths, first keys, factors and a table that change in place."""
+    case = Case(2, 8, 2, 1, 512, 64, layout="bshd")
+    q, cache, options = cache_and_options(case, "fp16", fp8_dtype, None, device)
+    k, v = dequantised(cache)
+    k_pages, v_pages, block_table = paged(cache.k, cache.v, (512, 512), 16)
+    step = {name: x.clone() for name, x in options.items()} | {"block_table": block_table.clone()}
+    step |= {"seqlens_k": ints((512, 512), device), "starts": ints((0, 0), device)}
+    version.call(q, k_pages, v_pages, num_splits=splits_for(version, 5), **step)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = version.call(q, k_pages, v_pages, num_splits=splits_for(version, 5), **step)
+    for lengths, first, factor in (((512, 17), (0, 0), 1.0), ((1, 333), (0, 300), 3.0), ((480, 0), (479, 0), 0.5)):
+        step["seqlens_k"].copy_(ints(lengths, device))
+        step["starts"].copy_(ints(first, device))
+        step["block_table"].copy_(block_table)
+        for b, length in enumerate(lengths):
+            step["block_table"][b, -(-length // 16) :] = step["block_table"][b, : first[b] // 16] = -1
+        step["descale_k"].copy_(options["descale_k"] / factor)
+        step["descale_v"].copy_(options["descale_v"] * factor)
+        graph.replay()
+        torch.cuda.synchronize()
+        wanted, _ = oracle_between(q, k / factor, v * factor, first, lengths)
+        assert relative_error(out, wanted) < LIMIT["fp16"]
+
+
+@needs_gpu
+@fp8_versions
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_128k_keys(version, head_dim, device):
+    """The length that a model is trained for, and other lengths beside it, in one batch; the same in pages."""
+    lengths = (131072, 1, 131071)
+    case = Case(3, 8, 2, 1, 131072, head_dim, lengths_k=lengths, layout="bshd")
+    q, k, v = case.tensors("fp16", device)
+    cache = quantize_cache(k, v)
+    options = case.options(device) | {"descale_k": cache.descale_k, "descale_v": cache.descale_v, "return_lse": True}
+    flat = call(version, q, cache.k, cache.v, **options)
+    assert_close(flat[0], q, *dequantised(cache), "fp16", limit=LIMIT["fp16"], lse=flat[1], **case.options(device))
+    order = torch.randperm(3 * 8192, device=device).int()
+    pages = [torch.empty_like(x.transpose(1, 2)).view(-1, 16, 2, head_dim) for x in cache[:2]]
+    for x, y in zip(pages, cache[:2], strict=True):
+        x.view(torch.uint8)[order.long()] = y.transpose(1, 2).reshape(-1, 16, 2, head_dim).view(torch.uint8)
+    pages = [x.transpose(1, 2) for x in pages]
+    found = call(version, q, *pages, block_table=order.view(3, -1), **options)
+    assert relative_error(found[0], flat[0]) < LIMIT["fp16"]
+    assert_lse_close(found[1], flat[1].double())
 
 
 @needs_gpu
