@@ -165,7 +165,7 @@ class Book:
         return self.speed(both[0]) / self.speed(both[1]) if both else None
 
     def against(self, who: str, cell: Cell, other: Cell, best: bool = False) -> float | None:
-        """How many times faster `who` is at `cell` than it, or the best version, at `other`, in the newest run of both."""
+        """How many times faster `who` is at `cell` than it, or the best version, at `other`; the newest run of both."""
         mine, found = self.runs(who, cell), [self.runs(name, other) for name in (self.versions if best else [who])]
         run = max(mine.keys() & set().union(*found), default=None)
         theirs = [runs[run]["median_ms"] for runs in found if passed(runs.get(run))]

@@ -321,6 +321,7 @@ def test_grid_axes(version, launches):
     """65 536 heads and more: only the first axis of a grid is longer than 65 535."""
     q = torch.empty(700, 100, 1, 16, dtype=torch.float16, device="meta")
     cache = torch.empty(700, 100, 300, 16, dtype=torch.float16, device="meta")
+    (cache,) = as_cache(version, cache)
     with pretend(KNOWN["sm_90"]):
         skip_unless_served(version, q, cache, cache)
         version.call(q, cache, cache, return_lse=True, num_splits=splits_for(version, 4))

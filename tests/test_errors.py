@@ -410,7 +410,7 @@ NOT_FOR_HOPPER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["v6", "v7"])
+@pytest.mark.parametrize("name", ["v6", "v7", "v8"])
 @table("wrong, message", NOT_FOR_HOPPER)
 def test_a_version_for_hopper_refuses(wrong, message, name, launches):
     """Called itself, it says which argument it does not take, and who does; the entry point takes another version."""
@@ -422,6 +422,49 @@ def test_a_version_for_hopper_refuses(wrong, message, name, launches):
         decoding.flash_decoding(**arguments)
     with pretend(KNOWN["sm_100"]), pytest.raises(ValueError, match="needs compute capability 9.0, this is NVIDIA B200"):
         version.call(**arguments_of(DECODING, "meta"))
+
+
+def as_float8(arguments):
+    return arguments | {name: arguments[name].to(torch.float8_e4m3fn) for name in "kv"}
+
+
+def descales_of(*shape):
+    return add(**dict.fromkeys(("descale_k", "descale_v"), lambda device: torch.empty(shape, device=device)))
+
+
+NOT_IN_PAIRS = {  # of a call with float8 caches, or with others
+    "16-bits": (lambda a: a | {n: a[n].half() for n in "kv"}, "takes caches of float8, not torch.float16"),
+    "fp32": (lambda a: {n: x.float() for n, x in a.items()}, "takes caches of float8, not torch.float32"),
+    "D8": (lambda a: {n: x[..., :8] for n, x in a.items()}, "takes head_dim in multiples of 16, not 8: TMA wants"),
+    "blocks": (descales_of(2, 2, 1), "takes descales of heads, not of blocks of keys"),
+    "splits": NOT_FOR_HOPPER["splits"],
+    "strides": NOT_FOR_HOPPER["strides"],
+    "odd-rows": NOT_FOR_HOPPER["odd-rows"],
+    "no-keys": NOT_FOR_HOPPER["no-keys"],
+    "lengths": NOT_FOR_HOPPER["lengths"],
+}
+
+
+@table("wrong, message", NOT_IN_PAIRS)
+def test_a_version_for_float8_caches_alone_refuses(wrong, message, launches):
+    """The like: one that takes 16 bits gets what this one does not."""
+    arguments, version = wrong(as_float8(arguments_of(DECODING, "meta"))), find_version("decoding", "v9")
+    with pretend(KNOWN["sm_90"]):
+        with pytest.raises(ValueError, match=f"^this version {message}.*; decoding.flash_decoding takes the newest"):
+            version.call(**arguments)
+        assert not launches
+        decoding.flash_decoding(**arguments)
+        assert launches
+        version.call(**descales_of(2, 2)(as_float8(arguments_of(DECODING, "meta"))))
+
+
+def test_float8_caches_alone_is_said_of_the_version(launches):
+    """Asked for by name with 16 bits: who takes them."""
+    with pretend(KNOWN["sm_90"]), pytest.raises(
+        ValueError, match="^version: v9 takes float8 caches alone; v1 does$"
+    ):  # fmt: skip
+        decoding.flash_decoding(**arguments_of(DECODING, "meta"), version="v9")
+    assert not launches
 
 
 def test_what_nobody_serves_is_said_of_the_argument(launches):
