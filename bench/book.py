@@ -197,14 +197,14 @@ class Book:
 
     def ceiling(self, record: Record) -> Record | None:
         """The ceiling record of the same run: for prefill the matrix product in the record's dtype, for decoding the
-        read-only kernel nearest in size; None where that is not near."""
+        read-only kernel nearest in size, at its best; None where that is not near."""
         found = [c for c in self.ceilings if c["run_id"] == record["run_id"] and c.get(self.metric)]
         if self.family == "prefill":
             dtype = "e4m3" if record["dtype"] == "e5m2" else record["dtype"]  # there is no product of two e5m2 matrices
             return next((c for c in reversed(found) if c["dtype"] == dtype), None)  # a run's last one has most samples
         size = kv_bytes(record)
         far = {id(c): abs(math.log(c["bytes"] / size)) if c.get("bytes") and size else 0.0 for c in found}
-        best = min(reversed(found), key=lambda c: far[id(c)], default=None)
+        best = min(found, key=lambda c: (far[id(c)], -c[self.metric]), default=None)
         return best if best and far[id(best)] <= math.log(NEAR) else None
 
     def of_ceiling(self, record: Record | None) -> float | None:
