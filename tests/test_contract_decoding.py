@@ -264,6 +264,39 @@ def test_the_same_call_gives_the_same_bits(version, case, device):
 
 @needs_gpu
 @every_version
+def test_steps_in_a_row(version, device):
+    """A kernel that is launched before the one ahead of it has ended, and reads or writes too early: each step's query
+    is the output of the step before, its newest key and value are written in between.
+    """
+    q, k, v = Case(8, 8, 8, seqlen_k=2048, head_dim=64, layout="bshd").tensors("fp16", device)
+    k, v = as_cache(version, k, v)
+    skip_unless_served(version, q, k, v, scale=1.0)
+
+    def steps(after=lambda: None):
+        keys, values, x, outs = k.clone(), v.clone(), q, []
+        for n in range(24):
+            keys[:, :, n : n + 1].copy_(x)  # the query's own: it weighs most by far
+            values[:, :, n : n + 1].copy_(x.flip(3))
+            x = version.call(x, keys, values, scale=1.0)
+            after()
+            outs.append(x)
+        return torch.stack(outs)
+
+    apart = steps(torch.cuda.synchronize)
+    assert apart.isfinite().all()
+    for _ in range(20):
+        assert torch.equal(steps(), apart)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        together = steps()
+    for _ in range(20):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(together, apart)
+
+
+@needs_gpu
+@every_version
 def test_replays_with_other_lengths(version, device):
     """Captured steps follow lengths that change in place, and do not share counters when they run side by side."""
     case = Case(2, 8, 2, seqlen_k=1000, head_dim=64)

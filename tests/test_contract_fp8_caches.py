@@ -20,6 +20,7 @@ from attention_checks import (
     skip_unless_served,
     small_tiles,
     splits_for,
+    storage_bytes,
     store,
     table,
     tensor_bytes,
@@ -147,6 +148,33 @@ def test_steps(version, case, more, factors, dtype, fp8_dtype, device):
     assert out.isfinite().all() and not out[wanted_lse == -math.inf].any()
     assert relative_error(out, wanted) < LIMIT[dtype]
     assert_lse_close(lse, wanted_lse)
+
+
+@fp8_versions
+@pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
+def test_scale(version, scale, device):
+    """A scale that is 0 or negative, beside the factors that join it."""
+    case = Case(2, 8, 2, 1, 150, 64, lengths_k=(150, 0), scale=scale, layout="bshd")
+    q, cache, options = cache_and_options(case, "bf16", "e4m3", None, device)
+    more = case.options(device)
+    out, lse = call(version, q, cache.k, cache.v, return_lse=True, tiles=small(version), **options, **more)
+    assert_close(out, q, *dequantised(cache), "bf16", limit=LIMIT["bf16"], lse=lse, **more)
+
+
+@fp8_versions
+@pytest.mark.parametrize("layout", ["padded", "sliced", "bhsd"])
+@pytest.mark.parametrize("kv_layout, head_dim", [("bshd", 64), ("bhsd", 48)])
+def test_out(version, kv_layout, head_dim, layout, device):
+    """A preallocated output is filled whole, also with what has no keys, returned itself, nothing beside it written."""
+    case = Case(3, 8, 2, 2, 70, head_dim, lengths_k=(70, 0, 1), layout=kv_layout)
+    q, cache, options = cache_and_options(case, "fp16", "e5m2", None, device)
+    given = store(torch.full_like(q, math.nan), layout)
+    before = storage_bytes(given)
+    options |= case.options(device) | {"tiles": small(version)}
+    assert call(version, q, cache.k, cache.v, out=given, **options) is given
+    assert_close(given, q, *dequantised(cache), "fp16", limit=LIMIT["fp16"], is_causal=True, **case.options(device))
+    given.fill_(math.nan)
+    assert torch.equal(storage_bytes(given), before), "memory beside the output was written"
 
 
 @fp8_versions

@@ -104,6 +104,7 @@ EXCEPTIONS = {
     ("decoding", "v4"): "four features that caches need together; what later versions share moves to common",
     ("decoding", "v6"): "a new start: the kernel is written in Gluon",
     ("decoding", "v7"): "pages are named in each call between the entry and the producer, and have a ring of their own",
+    ("decoding", "v9"): "FP8 alone: pairs and factors wherever q, k and v go, and a second group that computes",
 }
 
 

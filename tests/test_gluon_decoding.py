@@ -206,7 +206,8 @@ PIECES, PARTS, PAGES = (
     pathlib.Path(module.__file__) for module in (common.equal_pieces, common.parts, common.paged_ring)
 )
 MUTANT_RUNS = [
-    ("ragged-D128", 0), ("everything", 2), ("lengths-with-0", 1), ("gqa-odd-D128", 2), ("one-sequence-many-programs", 3)
+    ("ragged-D128", 0), ("everything", 2), ("lengths-with-0", 1), ("gqa-odd-D128", 2),
+    ("one-sequence-many-programs", 3), ("ragged-D128", 1),
 ]  # fmt: skip
 _NEXT = "\n        mbarrier.init(empty.index(i), count=1)"
 REWRITES = {

@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 from attention_checks import all_versions, table
 
 import prefill
@@ -109,6 +110,18 @@ def test_why_not(requires, gpu, dtype, reason):
 def test_no_fp8_path():
     assert a_version(fp8=False).why_not(H200, "e4m3") == "has no FP8 path"
     assert a_version(fp8=False).why_not(INTERPRETER, "e4m3") == "has no FP8 path"
+
+
+def test_no_path_for_16_bits():
+    """Nor for float32; a decoding call's caches tell."""
+    found = a_version(fp8=True, half=False, family="decoding")
+    for gpu in (H200, INTERPRETER):
+        assert found.why_not(gpu, "fp16") == found.why_not(gpu, "fp32") == "takes FP8 alone"
+        assert found.why_not(gpu, "e4m3") is found.why_not(gpu, "e5m2") is None
+    q, cache = torch.empty(1, 2, 1, 16, dtype=torch.float16), torch.empty(1, 2, 8, 16, dtype=torch.float8_e5m2)
+    assert found.why_not_call(q, q, q) == "takes float8 caches alone"
+    assert found.why_not_call(q, cache, cache) is None
+    assert a_version(family="decoding").why_not_call(q, cache, cache) == "takes no float8 caches"
 
 
 def test_triton_version():
@@ -230,8 +243,6 @@ def test_imports_common_alone(version):
 @every_version
 def test_tiles_of_a_problem(version, device):
     """`tiles` is the choice that `call` makes, and depends on nothing but the problem and the GPU."""
-    import torch
-
     q = torch.zeros(1, 2, 1, 64, dtype=torch.float16, device=device)
     problem = getattr(AttentionProblem, version.family)(q, q, q)
     assert version.tiles(problem) == version.tiles(problem)

@@ -38,13 +38,15 @@ STEPS = {
     "pages": lambda device, seed: {"block_table": None, "seqlens_k": lengths(device, 60 - seed, 17)},
     "deterministic": lambda device, seed: {"deterministic": True, "seqlens_k": lengths(device, 60 - seed, 17)},
     "float8 caches": lambda device, seed: {"descale_k": None, "descale_v": None, "seqlens_k": lengths(device, 64, 17)},
+    "float8 heads side by side": lambda device, seed: {"descale_k": None, "descale_v": None, "window": (20, 0)},
     "new keys": lambda device, seed: {"k_new": None, "v_new": None, "seqlens_k": lengths(device, 50 + seed, 17)},
 }
 
 
 def step(name: str, device, seed: int):
     """q, k, v and the options of one step."""
-    q, k, v = Case(2, 4, 2, 3 if name == "three queries" else 1, 64, 64, layout="bhsd").tensors("fp16", device, seed)
+    layout = "bshd" if "side by side" in name else "bhsd"
+    q, k, v = Case(2, 4, 2, 3 if name == "three queries" else 1, 64, 64, layout=layout).tensors("fp16", device, seed)
     options = STEPS[name](device, seed)
     if "block_table" in options:
         order = torch.randperm(16, generator=torch.Generator().manual_seed(seed)).view(2, 8).to(device)
@@ -83,7 +85,8 @@ def test_steps_are_those_of_the_call(name, version, device):
     q, k, v, options = step(name, device, 0)
     if version is not None:
         chosen = next(found for found in versions_of("decoding") if found.name == version)
-        if reason := chosen.why_not(detect_gpu()) or chosen.why_not_call(q, k, v, **options):
+        dtype = "fp16" if chosen.half else "e5m2"
+        if reason := chosen.why_not(detect_gpu(), dtype) or chosen.why_not_call(q, k, v, **options):
             pytest.skip(reason)
         options["version"] = version
     plan = plan_decoding(q, k, v, **options)

@@ -1,8 +1,13 @@
 """Properties that hold for all inputs, on shapes and masks that hypothesis draws. Tensors come from a drawn seed."""
 
+import math
+
+import pytest
 import torch
 from attention_checks import (
+    FEW,
     FINEST,
+    FLOOR,
     HALF_AND_FULL,
     Case,
     all_versions,
@@ -21,7 +26,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from common.merge import merge
-from common.reference import attention_oracle
+from common.reference import attention_oracle, eager_attention
 
 prefill_versions = all_versions("prefill")
 decoding_versions = all_versions("decoding")
@@ -181,3 +186,31 @@ def test_decoding_is_the_last_row_of_prefill(version, case, seed, device):
     whole = attention_oracle(q.expand(-1, -1, case.seqlen_k, -1), k, v, is_causal=True)
     out = call(version, q, k, v)
     assert relative_error(out, whole[:, :, -1:]) <= error_limit(q, k, v, dtype)
+
+
+# ---- the limit itself, for outputs of a few numbers
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+@pytest.mark.parametrize("head_dim", [1, 4])
+@pytest.mark.parametrize("keys", [3, 33])
+def test_of_a_few_numbers_wrong_ones_are_refused(keys, head_dim, dtype):
+    """What rounds its weights and its output passes, whatever cancels in them; what drops or repeats a key does not."""
+    for seed in range(20):
+        q, k, v = Case(1, 1, 1, 1, keys, head_dim).tensors(dtype, torch.device("cpu"), seed)
+        weights = torch.softmax(q.double() @ k.double().mT / math.sqrt(head_dim), -1)
+        assert_close((weights.to(q.dtype).double() @ v.double()).to(q.dtype), q, k, v, dtype)
+        heaviest = int(weights.argmax())
+        for count in (0, 2):
+            kept = [n for n in range(keys) for _ in range(count if n == heaviest else 1)]
+            wrong = attention_oracle(q, k[:, :, kept], v[:, :, kept]).to(q.dtype)
+            with pytest.raises(AssertionError, match="relative error"):
+                assert_close(wrong, q, k, v, dtype)
+
+
+def test_the_limit_of_many_numbers_is_pytorchs_error():
+    """As it was: what rounding may cost at most is no excuse where luck averages out."""
+    for dtype in HALF_AND_FULL:
+        q, k, v = Case(1, 1, 1, 1, 155, FEW).tensors(dtype, torch.device("cpu"))
+        error = relative_error(eager_attention(q, k, v), attention_oracle(q, k, v))
+        assert error_limit(q, k, v, dtype) == max(2 * error, FLOOR[dtype])

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from attention_checks import Case, all_versions, skip_unless_served, table
+from attention_checks import Case, all_versions, as_cache, skip_unless_served, table
 
 from common import dispatch, replay
 from common.launch import Tiles, remember_tiles
@@ -40,11 +40,13 @@ def test_a_recipe_gives_what_the_call_gives(version, changes, return_lse, device
     case = Case(2, 4, 2, 40 if version.family == "prefill" else 1, 70, **shape)
     if version.family == "decoding" and "window" in changes and "window" not in version.takes:
         pytest.skip("takes no window")
-    if "lengths_k" in changes and version.declines(*case.tensors("fp16", device), **case.options(device)):
-        pytest.skip("takes no lengths")
     call = inspect.unwrap(version.call)
     first, second = case.tensors("fp16", device, seed=1), case.tensors("fp16", device, seed=2)
+    if version.family == "decoding":
+        first[1:], second[1:] = as_cache(version, *first[1:]), as_cache(version, *second[1:])
     options, others = case.options(device), case.options(device)
+    if "lengths_k" in changes and version.declines(*first, **options):
+        pytest.skip("takes no lengths")
     skip_unless_served(version, *first, **options)
     if "seqlens_k" in others:
         others["seqlens_k"] = torch.tensor([0, 59], dtype=torch.int32, device=device)
