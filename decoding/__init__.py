@@ -7,6 +7,7 @@ import torch
 from common.hardware import detect_gpu
 from common.lineage import find_version, versions_of
 from common.plan import Plan
+from common.problem import FP8
 from common.replay import remembered
 
 
@@ -66,7 +67,10 @@ def flash_decoding(
             raise ValueError(f"version: {chosen.name} {reason}; {able.name} does")
         return chosen.call(q, k, v, **arguments)
     gpu = detect_gpu()
-    here = [found for found in reversed(versions_of("decoding")) if found.why_not(gpu) is None]
+    of_cache = next((name for name, dtype in FP8.items() if getattr(k, "dtype", None) == dtype), "fp16")
+    newest = versions_of("decoding")[::-1]
+    here = [found for found in newest if found.why_not(gpu, of_cache) is None]
+    here = here or [found for found in newest if found.why_not(gpu) is None]  # which say what float8 needs
     serving = (found for found in here if found.why_not_call(q, k, v, **arguments) is None)
     # where nobody serves the call, the newest that has its arguments says which one is wrong
     chosen = next(serving, None) or next((found for found in here if found.lacks(k=k, **arguments) is None), here[0])
