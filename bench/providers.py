@@ -19,6 +19,7 @@ from bench.cases import FP8, Case
 from bench.inputs import Inputs
 from common.hardware import detect_gpu
 from common.lineage import Version, find_version, parent_of, versions_of
+from common.problem import format_of
 from common.reference import eager_attention
 
 OWN, PARENT = "own tiles", "parent tiles"
@@ -100,7 +101,8 @@ def _plain(version: Version, tensors: tuple, options: dict) -> Bound:
     from decoding import flash_decoding
 
     later = [v for v in versions_of("decoding") if v.number > version.number]
-    if any(v.why_not(detect_gpu()) is None and v.why_not_call(*tensors, **options) is None for v in later):
+    here = [v for v in later if v.why_not(detect_gpu(), format_of(tensors[1])) is None]
+    if any(v.why_not_call(*tensors, **options) is None for v in here):
         raise NotHere("is not the version that flash_decoding chooses")
     return Bound(lambda out: flash_decoding(*tensors, **options))
 

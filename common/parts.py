@@ -19,8 +19,10 @@ def rows_of_parts(rows: int, n: int) -> int:
 
 
 @gluon.constexpr_function
-def rows_layout(columns, warps):
-    """Of rows of that many columns: four beside each other in a thread."""
+def rows_layout(rows, columns, warps):
+    """Four numbers of a row in a thread. Of many wide rows a warp has four: each has an address of its own."""
+    if rows > 16 and columns >= 128:
+        return gl.BlockedLayout([1, 16], [4, 8], [warps, 1], [1, 0])
     lanes = min(32, columns // 4)
     return gl.BlockedLayout([1, 4], [32 // lanes, lanes], [warps, 1], [1, 0])
 
@@ -34,15 +36,16 @@ def row_offsets(
 
     SIDE: KV heads that lie side by side in a row of HEAD_DIM columns each; a row of queries has those of its own head.
     """
-    LAYOUT: gl.constexpr = rows_layout(COLUMNS, gl.num_warps())
+    LAYOUT: gl.constexpr = rows_layout(N, COLUMNS, gl.num_warps())
     offs_m = start_m + gl.arange(0, N, layout=gl.SliceLayout(1, LAYOUT))
     offs_d = STEP * gl.expand_dims(gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT)), 0)
     offsets = off_b.to(gl.int64) * stride[0] + (first_head + offs_m // seqlen_q).to(gl.int64) * stride[1]
     offsets += (offs_m % seqlen_q).to(gl.int64) * stride[2]
+    mask = gl.expand_dims(offs_m < rows, 1)
     if SIDE > 1:
         offs_d = offs_d - gl.expand_dims(offs_m // (rows // SIDE) * HEAD_DIM, 1)
-    mask = gl.expand_dims(offs_m < rows, 1) & (offs_d >= 0) & (offs_d < HEAD_DIM)
-    return gl.expand_dims(offsets, 1) + offs_d, mask
+        mask = mask & (offs_d >= 0)
+    return gl.expand_dims(offsets, 1) + offs_d, mask & (offs_d < HEAD_DIM)
 
 
 @gluon.jit
@@ -88,8 +91,8 @@ def is_last(Ticket, count):
 @gluon.jit
 def merge_parts(Parts, first, last, slot, ROWS: gl.constexpr, WIDTH: gl.constexpr):
     """O [ROWS, WIDTH] and LSE [ROWS] of an item, from the parts of programs first..last; `slot`: of the first's."""
-    LAYOUT: gl.constexpr = rows_layout(WIDTH, gl.num_warps())
-    AT_ONCE: gl.constexpr = min(16, max(1, 19200 // (WIDTH * ROWS) - 2))  # loads under way together, in 150 registers
+    LAYOUT: gl.constexpr = rows_layout(ROWS, WIDTH, gl.num_warps())
+    AT_ONCE: gl.constexpr = 16 if WIDTH * ROWS <= 1024 else max(1, 10240 // (WIDTH * ROWS))  # loads under way together
     offs_r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     tile = gl.expand_dims(offs_r, 1) * WIDTH
     tile += gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT)), 0)

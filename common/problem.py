@@ -21,6 +21,11 @@ MAX_ROW_STRIDE = 2**22  # 512 rows of a block stay inside int32; other offsets a
 MAX_SEQLEN = 2**30  # positions, and position + block, stay inside int32
 
 
+def format_of(k) -> str:
+    """ "e4m3" or "e5m2" of a float8 cache, "fp16" of anything else: what Version.why_not asks about a decoding call."""
+    return next((name for name, dtype in FP8.items() if getattr(k, "dtype", None) == dtype), "fp16")
+
+
 class AttentionProblem:
     """One attention call, as the kernels want it. Built by `prefill` or `decoding`.
 

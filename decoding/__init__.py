@@ -7,7 +7,7 @@ import torch
 from common.hardware import detect_gpu
 from common.lineage import find_version, versions_of
 from common.plan import Plan
-from common.problem import FP8
+from common.problem import format_of
 from common.replay import remembered
 
 
@@ -44,7 +44,8 @@ def flash_decoding(
       and layouts are the same.
     From v5 on:
     k and v may be float8 (e4m3fn or e5m2, both the same) where q is fp16 or bf16; k_new and v_new then are float8 too.
-      e4m3 needs an NVIDIA GPU of compute capability 8.9; e5m2 any, also AMD's.
+      e4m3 needs an NVIDIA GPU of compute capability 8.9; e5m2 any, also AMD's. NaN or infinity among the keys of one
+      head may reach the queries of the one beside it, where heads have 64 columns.
     descale_k, descale_v: float32, what k and v are multiplied by; None is 1. Either [B, Hkv], one number for a head of
       a sequence, or like the cache, [B or pages, Hkv, n], one for each block of keys: of the fewest keys that n blocks
       cover the cache's (or a page's) with, a power of two from 16 on. common.quantize.quantize_cache makes them.
@@ -67,9 +68,8 @@ def flash_decoding(
             raise ValueError(f"version: {chosen.name} {reason}; {able.name} does")
         return chosen.call(q, k, v, **arguments)
     gpu = detect_gpu()
-    of_cache = next((name for name, dtype in FP8.items() if getattr(k, "dtype", None) == dtype), "fp16")
     newest = versions_of("decoding")[::-1]
-    here = [found for found in newest if found.why_not(gpu, of_cache) is None]
+    here = [found for found in newest if found.why_not(gpu, format_of(k)) is None]
     here = here or [found for found in newest if found.why_not(gpu) is None]  # which say what float8 needs
     serving = (found for found in here if found.why_not_call(q, k, v, **arguments) is None)
     # where nobody serves the call, the newest that has its arguments says which one is wrong

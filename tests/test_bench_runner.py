@@ -23,7 +23,7 @@ from bench.providers import OWN, PARENT, PLAN, Bound, Entrant, NotHere, why_not_
 from bench.runner import Run, main, plan
 from bench.timing import HostClock
 from bench.worker import Failed, Server, WorkerLost, explain, timings_of
-from common.hardware import INTERPRETER, interpreting
+from common.hardware import INTERPRETER, KNOWN, interpreting, pretend
 from common.lineage import find_version, versions_of
 from common.reference import eager_attention
 
@@ -498,3 +498,21 @@ def test_a_version_runs_through_bind_and_gate(name, variant):
     answer = Server(HostClock(), INTERPRETER).answer({"do": "enter", "entrant": entrant} | case)
     assert answer["ok"]["gate"] == "pass"
     assert answer["ok"]["config"]["BLOCK_M"] == 32  # v1's tile
+
+
+@pytest.mark.parametrize("cache, chosen", [("fp16", "v8"), ("e4m3", "v9"), ("e5m2", "v9")])
+def test_the_plain_call_is_of_the_version_that_it_chooses(cache, chosen, monkeypatch):
+    """On an H200, of v5 to v9: an older one's number would be another version's."""
+    upto = [version for version in versions_of("decoding") if 5 <= version.number <= 9]
+    monkeypatch.setattr(providers, "versions_of", lambda family: upto)
+    q, k = (torch.empty(1, keys, 2, 64, dtype=torch.float16, device="meta").transpose(1, 2) for keys in (1, 64))
+    k = k.to({"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}.get(cache, k.dtype))
+    with pretend(KNOWN["sm_90"]):
+        for version in upto:
+            if version.why_not_call(q, k, k) is not None:
+                continue
+            if version.name == chosen:
+                providers._plain(version, (q, k, k), {})
+            else:
+                with pytest.raises(NotHere, match="is not the version that flash_decoding chooses"):
+                    providers._plain(version, (q, k, k), {})
