@@ -158,12 +158,12 @@ def folders() -> list[pathlib.Path]:
 
 
 def newest(records: Iterable[Record]) -> list[Record]:
-    """For each cell its newest record, in the order in which cells first came up; the ceilings of every run, which are
+    """For each cell its newest record, in the order in which cells first came up; all ceilings of every run, which are
     what its other records are a share of.
     """
     best: dict[tuple, Record] = {}
     for record in records:
-        cell = (cell_of(record), record["run_id"] if record["role"] == "ceiling" else None)
+        cell = (cell_of(record), id(record) if record["role"] == "ceiling" else None)
         if cell not in best or record["run_id"] >= best[cell]["run_id"]:
             best[cell] = record
     return list(best.values())
