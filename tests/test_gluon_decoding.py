@@ -4,6 +4,7 @@ The like of test_gluon_protocol.py, which is prefill's, and of the contract that
 emulator cannot see is whether programs that run side by side read each other's parts in time: H200 tests do.
 """
 
+import ast
 import dataclasses
 import functools
 import math
@@ -234,13 +235,16 @@ HARMLESS = {
 
 
 def _all_mutants() -> list:
-    """Of each version's file, and of each shared file in the first version that uses it."""
+    """Of each version's file, and of each shared file and function in the first version that has it."""
     needed, seen, found = (*NEEDED, "zero_rows", "store_part"), set(), []
     for version in VERSIONS:
         shared = (HOPPER, PIECES, PARTS, *([PAGES] if "block_table" in version.takes else []))
+        functions = {ast.unparse(x): x.name for x in ast.parse(version.path.read_text()).body if hasattr(x, "name")}
+        repeated = tuple(f"{name}: " for text, name in functions.items() if text in seen)
         for path in (version.path, *(path for path in shared if path not in seen)):
-            found += [(version, path, *change) for change in mutants(path, needed, REWRITES).items()]
-        seen.update(shared)
+            changes = mutants(path, needed, REWRITES).items()
+            found += [(version, path, *change) for change in changes if not change[0].startswith(repeated)]
+        seen.update(shared, functions)
     return [pytest.param(*change, id=f"{change[0].name}-{change[2]}") for change in found]
 
 
