@@ -8,6 +8,7 @@ of an item is a part; only the first and the last part of a piece can be less th
 `keys` below is (seqlen_k, seqlens_k, starts, window_left, seqlen_q): pointers or None, None for no window.
 """
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -127,12 +128,17 @@ def sharers(begin, end, total):
 
 
 def pieces_for(problem: AttentionProblem) -> int:
-    """Programs to deal to: one an SM, and as many on each of the eight GPCs of a Hopper GPU.
+    """Programs to deal a problem's keys to."""
+    return programs_on(problem.q.device)
+
+
+def programs_on(device: torch.device) -> int:
+    """Programs for a whole GPU: one an SM, and as many on each of the eight GPCs of a Hopper GPU.
 
     128 are 1 to 9 % faster than 132 on an H200, which has 16 SMs on six GPCs and 18 on two: the SMs of a fuller one
     would read more slowly and end last (a surmise; docs/decoding.md has what was measured).
     """
-    return max(1, detect_gpu(problem.q.device).sm_count // 8 * 8)
+    return max(1, detect_gpu(device).sm_count // 8 * 8)
 
 
 def lengths_for(problem: AttentionProblem) -> int:
