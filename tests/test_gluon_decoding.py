@@ -302,7 +302,7 @@ def test_every_change_is_noticed(version, path, name, changed):
 KERNEL = """
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from common.equal_pieces import item_at, keys_in_reach, next_sequence, piece, sharers
+from common.equal_pieces import end_of_keys, item_at, next_sequence, piece, sharers
 
 
 @gluon.jit
@@ -312,12 +312,13 @@ def deal(Dealt, Owner, Parts, seqlens_k, starts, batch, items, seqlen_k, seqlen_
     start, end, total, off_b, base = piece(batch, items, keys, BLOCK_N, BATCH)
     part = 2 * gl.program_id(0)
     while start < end:
-        b, item, begin, finish = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
+        b, item, begin, last, finish = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
         stop = gl.minimum(finish, end)
-        for j in range(start, stop):
+        for j in range(start, end_of_keys(start, stop, last, keys)):
             at = (b * items + item) * most + j - begin
             gl.store(Dealt + at, gl.load(Dealt + at) + 1)
-            gl.store(Owner + at, gl.program_id(0))
+        for j in range(start, stop):
+            gl.store(Owner + ((b * items + item) * most + j - begin), gl.program_id(0) + 1)
         if stop - start < finish - begin:
             first, last, slot = sharers(begin, finish, total)
             at = (gl.program_id(0) * 2 + part % 2) * 5
@@ -367,9 +368,12 @@ DEALS = {
 @pytest.mark.parametrize("programs", [1, 3, 8, 16, 128])
 @pytest.mark.parametrize("deal", DEALS)
 def test_every_block_is_dealt_once(dealers, deal, programs):
-    """In pieces that differ by a block at most; who shares an item agrees with who has a part of it, and where."""
+    """In pieces that differ by a block at most, with one more for each item where lengths differ; who shares an item
+    agrees with who has a part of it, and where.
+    """
     batch, items, seqlen_k, seqlen_q, lengths, starts, window = DEALS[deal]
-    most = -(-seqlen_k // 64) + 1
+    more = int(lengths is not None or starts is not None)
+    most = -(-seqlen_k // 64) + 1 + more
     dealt, owner = (torch.zeros(batch * items, most, dtype=torch.int32) for _ in range(2))
     parts = torch.full((2 * programs, 5), -1, dtype=torch.int32)
     of = [None if x is None else torch.tensor(x, dtype=torch.int32) for x in (lengths, starts)]
@@ -381,11 +385,12 @@ def test_every_block_is_dealt_once(dealers, deal, programs):
         count = max(-(-end // 64) - first // 64, 1)
         of_sequence = dealt[b * items : (b + 1) * items]
         assert of_sequence[:, :count].eq(1).all() and not of_sequence[:, count:].any()
-    sizes = torch.bincount(owner[dealt > 0], minlength=programs)
+    assert (owner > 0).sum() == dealt.sum() + more * batch * items
+    sizes = torch.bincount(owner[owner > 0] - 1, minlength=programs)
     assert sizes.max() - sizes.min() <= 1
     shared = 0
     for item in range(batch * items):
-        owners = owner[item][dealt[item] > 0].tolist()
+        owners = (owner[item][owner[item] > 0] - 1).tolist()
         assert owners == sorted(owners)
         mine = parts[parts[:, 0] == item].tolist()
         assert len(mine) == (len(set(owners)) if len(set(owners)) > 1 else 0)
