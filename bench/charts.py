@@ -36,7 +36,7 @@ from bench.book import (
 )
 from bench.book import sweeps as sweeps_of
 from bench.cases import FP8, short
-from bench.results import Record, load, load_envs, newest
+from bench.results import Record, load, load_envs
 from bench.tables import geomean, times
 
 # In order, cold to warm to dark. Neighbours are at least 25 CIELAB units apart for normal, deuteranope and protanope
@@ -827,7 +827,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=pathlib.Path, help="a folder with prefill.jsonl or decoding.jsonl")
     args = parser.parse_args(argv)
     for family in METRIC:
-        records = newest(load(args.folder, family))
+        records = load(args.folder, family)
         for path in draw_charts(records, load_envs(args.folder, family), args.folder, family):
             print(path.name)
     return 0

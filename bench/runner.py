@@ -520,7 +520,7 @@ def _brief(family: str, records: list[Record]) -> str:
 
 
 def show(family: str, folder: pathlib.Path, records: list[Record], earlier: list[Record] | None, out=None) -> int:
-    """Table of these records, comparison with earlier ones, charts of all in the folder (newest of each cell)."""
+    """Table of these records, comparison with earlier ones, charts of all in the folder."""
     try:
         from bench import tables
 
@@ -533,7 +533,7 @@ def show(family: str, folder: pathlib.Path, records: list[Record], earlier: list
     try:
         from bench import charts
 
-        everything, envs = results.newest(results.load(folder, family)), results.load_envs(folder, family)
+        everything, envs = results.load(folder, family), results.load_envs(folder, family)
         paths = charts.draw_charts(everything, envs, out or folder, family)
     except ImportError as reason:  # matplotlib
         print(f"no charts: {reason}")
