@@ -16,16 +16,19 @@ from common.equal_pieces import programs_on
 from common.exponent import LN_2
 
 SIZES = 2, 4, 8, 16  # of clusters, on Hopper
+LARGEST = 32 * 1024  # bytes of a window: what a kernel declares, and does not get at its launch, is 48 KB at most
 
 
 def cluster_for(device: torch.device, items: int) -> int:
     """Programs for each of `items`, so that every SM that common/equal_pieces.py counts has one; 0: no such cluster."""
-    each, rest = divmod(programs_on(device), items)
+    each, rest = divmod(programs_on(device), max(1, items))
     return each if rest == 0 and each in SIZES else 0
 
 
-def why_no_cluster(device: torch.device, items: int) -> str | None:
-    """One line on why `items` cannot have a cluster each, None if they can."""
+def why_no_cluster(device: torch.device, items: int, rows: int = 1, width: int = 64) -> str | None:
+    """One line on why `items` cannot have a cluster each, and windows for these rows and columns; None if they can."""
+    if rows * width * 8 > LARGEST:
+        return f"takes tiles of {LARGEST // (8 * width)} rows at most for {width} columns, not {rows}"
     if cluster_for(device, items):
         return None
     programs = programs_on(device)

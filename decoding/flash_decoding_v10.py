@@ -15,6 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from common.cluster import (
+    LARGEST,
     cluster_for,
     hand_out,
     here,
@@ -208,9 +209,9 @@ def tiles_for(problem: AttentionProblem) -> Tiles:
 
 
 def rows_of_a_tile(rows: int, head_dim: int) -> int:
-    """Of the rows that share a KV head as many as a window of 48 KB and the registers take."""
-    most = {64: 64, 128: 32, 256: 16}[max(64, 1 << (head_dim - 1).bit_length())]
-    return min(most, max(8, 1 << (rows - 1).bit_length()))
+    """Of the rows that share a KV head as many as a window takes."""
+    width = max(64, 1 << (head_dim - 1).bit_length())
+    return min(LARGEST // (8 * width), max(8, 1 << (rows - 1).bit_length()))
 
 
 def declines(q, k, v, **arguments):
@@ -222,7 +223,8 @@ def declines(q, k, v, **arguments):
     if q.shape[0] > 1 and any(arguments.get(name) is not None for name in ("seqlens_k", "starts")):
         return "takes seqlens_k and starts of one sequence alone: of several, each has as many programs"
     rows = q.shape[1] // k.shape[1] * q.shape[2]
-    return why_no_cluster(q.device, q.shape[0] * k.shape[1] * cdiv(rows, rows_of_a_tile(rows, q.shape[3])))
+    n = rows_of_a_tile(rows, q.shape[3])
+    return why_no_cluster(q.device, q.shape[0] * k.shape[1] * cdiv(rows, n))
 
 
 def call_flash_decoding_v10(
@@ -239,6 +241,8 @@ def call_flash_decoding_v10(
     refuse(problem, declines(p.q, p.k, p.v, **beyond), "decoding.flash_decoding")
     n, block_n, num_warps, stages = tiles or tiles_for(problem)
     width, items = max(64, block_d(p)), p.batch * p.heads_kv * cdiv(p.group * p.seqlen_q, n)
+    held = rows_of_parts(p.group * p.seqlen_q, n)
+    refuse(problem, why_no_cluster(p.q.device, items, held, width), "decoding.flash_decoding")  # whatever `tiles` are
     box = (block_n, width) if p.block_table is None else (min(block_n, p.page_size), PANEL)
     table_stride = None if p.block_table is None else p.block_table.stride(0)
     launch(
@@ -247,7 +251,7 @@ def call_flash_decoding_v10(
         p.block_table, p.q.stride(), p.k.stride(), p.v.stride(), p.out.stride(), table_stride, p.batch, p.heads_q,
         p.heads_kv, p.seqlen_q, p.seqlen_k, items // (p.batch * p.heads_kv), p.scale * LOG2_E.value, p.window_left,
         p.k.shape[0],
-        HEAD_DIM=p.head_dim, WIDTH=width, N=n, ROWS=rows_of_parts(p.group * p.seqlen_q, n), BLOCK_N=block_n,
+        HEAD_DIM=p.head_dim, WIDTH=width, N=n, ROWS=held, BLOCK_N=block_n,
         STAGES=stages, PAGE_SIZE=p.page_size, CLUSTER=cluster_for(p.q.device, items), num_warps=num_warps,
         launch_pdl=True,
     )  # fmt: skip

@@ -283,7 +283,8 @@ def call_flash_decoding_v11(
     n, block_n, num_warps, stages = tiles or tiles_for(problem)
     side, (rows, width, *_) = heads_side_by_side(p.q, p.k, p.v), shape_of_tiles(p.q, p.k, p.v)
     heads_kv, row_blocks = p.heads_kv // side, cdiv(rows, n)
-    items = p.batch * heads_kv * row_blocks
+    items, held = p.batch * heads_kv * row_blocks, rows_of_parts(rows, n)
+    refuse(problem, why_no_cluster(p.q.device, items, held, width), "decoding.flash_decoding")  # whatever `tiles` are
     k_pairs, v_pairs = in_pairs(p.k, side), in_pairs(p.v, side)
     box = (block_n, width // 2) if p.block_table is None else (min(block_n, p.page_size), min(width // 2, PANEL))
     table_stride = None if p.block_table is None else p.block_table.stride(0)
@@ -293,7 +294,7 @@ def call_flash_decoding_v11(
         p.seqlens_k, p.starts, p.block_table, p.q.stride(), p.k.stride(), p.v.stride(), p.out.stride(), table_stride,
         p.batch, p.heads_q, heads_kv, p.seqlen_q, p.seqlen_k, row_blocks, p.scale * LOG2_E.value, p.window_left,
         p.k.shape[0],
-        HEAD_DIM=p.head_dim, WIDTH=width, N=n, ROWS=rows_of_parts(rows, n), BLOCK_N=block_n, STAGES=stages,
+        HEAD_DIM=p.head_dim, WIDTH=width, N=n, ROWS=held, BLOCK_N=block_n, STAGES=stages,
         PAGE_SIZE=p.page_size, SIDE=side, E5M2=p.k.dtype == torch.float8_e5m2, CLUSTER=cluster_for(p.q.device, items),
         num_warps=num_warps, launch_pdl=True,
     )  # fmt: skip

@@ -25,6 +25,7 @@ import common.parts
 from common import tickets
 from common.hardware import KNOWN, pretend
 from common.lineage import versions_of
+from common.problem import AttentionProblem
 from common.reference import attention_oracle
 
 CPU = torch.device("cpu")
@@ -215,6 +216,27 @@ def test_a_page_that_is_missing(version, entry):
             out = Emulator().load(version.path).VERSION.call(q, k, v, **options)
         assert out[1].isnan().all()
         assert torch.allclose(out[others].double(), wanted[others], atol=5e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("version", [v for v in VERSIONS if in_clusters(v)], ids=lambda version: version.name)
+def test_what_makes_no_cluster_is_declined(version):
+    """A batch without sequences, more heads than programs, tiles with more rows than a window holds: said in words."""
+    dtype = torch.float16 if version.half else torch.float8_e4m3fn
+    gpu = KNOWN["sm_90"]
+
+    def tensors_of(batch, heads, group=1):
+        q = torch.zeros(batch, heads * group, 1, 128, dtype=torch.float16)
+        return q, *(torch.zeros(max(1, batch), heads, 16, 128).to(dtype) for _ in range(2))
+
+    with pretend(gpu), mock.patch("common.problem.interpreting", lambda: True):
+        assert version.why_not_call(*tensors_of(1, 8)) is None
+        table = torch.zeros(0, 4, dtype=torch.int32)
+        assert "0 are here" in version.why_not_call(*tensors_of(0, 8), block_table=table)
+        for heads in (128, 5, 1):
+            assert f"{heads} are here" in version.why_not_call(*tensors_of(1, heads))
+        tiles = version.tiles(AttentionProblem.decoding(*tensors_of(1, 8, 64), fp8_caches=True))
+        with pytest.raises(ValueError, match="takes tiles of 32 rows at most for 128 columns, not 64"):
+            version.call(*tensors_of(1, 8, 64), tiles=tiles._replace(BLOCK_M=64))
 
 
 # ---- kernels with a piece missing
