@@ -130,7 +130,9 @@ class Fake:
         given = dict(zip(self.kernel.arg_names, args, strict=False)) | options
         bound = [given.get(name, False) for name in self.kernel.arg_names]
         x, y, z = (*grid, 1, 1)[:3]
-        self.compiled.run(x, y, z, 70, self.compiled.function, self.compiled.packed_metadata, None, None, None, *bound)
+        if not warmup:
+            metadata = self.compiled.packed_metadata
+            self.compiled.run(x, y, z, 70, self.compiled.function, metadata, None, None, None, *bound)
         return self.compiled
 
     def launch(self, X, n=5, grid=(3, 2), **options):
@@ -406,3 +408,12 @@ def test_a_plan_keeps_nothing_of_the_callers(monkeypatch, tma):
     gone = [weakref.ref(x) for x in tensors.values()]
     tensors.clear()
     assert all(x() is None for x in gone)
+
+
+def test_clusters(monkeypatch):
+    """The first launch, which Triton makes, and those after it: each is told how many programs a cluster has."""
+    fake = Fake(monkeypatch)
+    for _ in range(3):
+        fake.launch(torch.empty(16), CLUSTER=8)
+    assert [(4, 8, 512) in args for args in fake.seen] == [True] * 3
+    assert fake.compilations == 2  # the compiler's, which launches nothing, and the first launch
