@@ -153,9 +153,10 @@ def test_the_same_reaches_the_launcher(monkeypatch, tma, scratch):
     fake = Fake(monkeypatch, tma, scratch)
     triton.set_allocator(lambda size, alignment, stream: size)
     X = rows(1, 64) if tma else at(0)
+    monkeypatch.setattr(torch, "empty", lambda size, **_: size)
     for _ in range(3):
         fake.launch(X)
-    assert fake.compilations == 1 and len(fake.seen) == 3
+    assert fake.compilations == 1 and len(fake.seen) == 3 and (48 in fake.seen[2]) == bool(scratch)
     assert addresses(fake.seen[0]) == addresses(fake.seen[1]) == addresses(fake.seen[2])
     assert 0xF in fake.seen[0] and 70 in fake.seen[0]
 
@@ -313,6 +314,24 @@ def test_a_recipe_launches_on_the_tensors_of_the_call(monkeypatch, tma):
             out = recipe([*tensors.values()])
             assert launched(fake, tensors | {"out": out}) == EACH
         assert fake.encoded == encoded or not again
+
+
+def test_a_recipe_gives_each_launch_memory_of_its_own(monkeypatch):
+    """What Triton's launcher would ask its allocator for, which stays the caller's."""
+    fake, tensors, asked = Fake(monkeypatch, scratch=8), some_tensors(), []
+    triton.set_allocator(lambda size, alignment, stream: asked.append(size) or size)
+    *positional, lengths = tensors.values()
+    recipe = Recipe(three_launches(fake, False), tuple(positional), {"lengths": lengths})
+    fake.seen.clear()
+    out = recipe([*tensors.values()])
+    memory = [next(x for x in args if isinstance(x, torch.Tensor)) for args in fake.seen]
+    assert [x.nbytes for x in memory] == [8 * 6, 8 * 5, 8 * 24] and len({x.data_ptr() for x in memory}) == 3
+    assert launched(fake, tensors | {"out": out}) == EACH
+    asked.clear()
+    for _ in range(2):
+        fake.launch(at(0), n=77)  # by Triton, which asks
+        monkeypatch.setattr(torch, "empty", lambda size, **_: size)
+    assert asked == [48]
 
 
 @with_and_without_tma
