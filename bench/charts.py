@@ -383,9 +383,11 @@ def _name_in_row(book: Book, axes, row: int, records: list[Record], ink: str, of
     best = max((record for record in records if passed(record)), key=book.speed, default=None)
     if best:
         name = f"{_label(best['version'], bool(best.get('stale')))} {book.speed(best):.0f}"
-        axes.annotate(
-            name, (book.speed(best), row), (0, offset), textcoords="offset points", ha="center", va=side, fontsize=7.5,
-            color=ink, fontweight="bold" if side == "bottom" else "normal",
+        left = book.speed(best) < axes.get_xlim()[1] / 3
+        axes.annotate(  # away from the ceiling's line, which is close to the fastest
+            name, (book.speed(best), row), (-4 if left else 4, offset), textcoords="offset points",
+            ha="left" if left else "right", va=side, fontsize=7.5, color=ink,
+            fontweight="bold" if side == "bottom" else "normal",
         )  # fmt: skip
 
 
