@@ -9,9 +9,11 @@ Wherever something is not as Triton 3.6 to 3.9 have it, wherever somebody watche
 NVIDIA's, a launch goes through Triton.
 """
 
+import contextvars
 import copy
 import inspect
 import marshal
+import math
 import operator
 from types import NoneType
 
@@ -35,6 +37,8 @@ def run(kernel, grid: tuple, device: torch.device, args: tuple, options: dict):
     if found and not watched:
         found(grid, device, values)
         return
+    if "CLUSTER" in options:
+        in_clusters(kernel.run(*args, grid=grid, warmup=True, **options), options)
     compiled = kernel[grid](*args, **options)
     if found is None and key is not None and not watched:
         if len(_prepared) >= MOST:
@@ -75,6 +79,17 @@ def is_watched() -> bool:
         return True
 
 
+def in_clusters(compiled, options: dict):
+    """Have every launch of `compiled` start clusters of CLUSTER programs, where it has that option; a grid then counts
+    clusters.
+
+    Triton has the launch attribute for its own num_ctas alone, which makes one program of a cluster; its launchers read
+    the number here.
+    """
+    num_warps, _, shared = compiled.packed_metadata
+    compiled.packed_metadata = num_warps, options["CLUSTER"], shared
+
+
 def prepare(kernel, compiled, positional: int, options: dict) -> "Prepared | None":
     """How to launch `compiled` again, which `kernel` became for that many positional arguments and these options."""
     try:
@@ -86,7 +101,9 @@ def prepare(kernel, compiled, positional: int, options: dict) -> "Prepared | Non
 class Prepared:
     """A compiled kernel that is launched with the values of known_by."""
 
-    __slots__ = ("call", "compiled", "constant", "descriptors", "encoded", "in_c", "kernel", "order", "stream_of")
+    __slots__ = (
+        "call", "compiled", "constant", "descriptors", "encoded", "in_c", "kernel", "order", "scratch", "stream_of"
+    )  # fmt: skip
 
     def __init__(self, kernel, compiled, positional: int, options: dict):
         from triton.backends.nvidia.driver import CudaLauncher
@@ -95,20 +112,32 @@ class Prepared:
         usual = isinstance(kernel, JITFunction) and type(compiled) is CompiledKernel and len(kernel.arg_names) > 1
         if not usual or type(compiled.run) is not CudaLauncher or is_watched() or kernel.pre_run_hooks:
             raise NotImplementedError("not a launch that is known here")
+        if "CLUSTER" in options:
+            in_clusters(compiled, options)
         self.kernel, self.compiled = kernel, compiled  # kept: another kernel would get the id
         self.order = operator.itemgetter(*(names.index(name) for name in kernel.arg_names))
         self.stream_of = triton.runtime.driver.active.get_current_stream
         self.encoded = {}
         try:
             self.descriptors = _descriptors(compiled)
-            (self.call, self.constant), self.in_c = _call_in_c(compiled, bool(self.descriptors)), True
-        except Exception:  # the kernel wants scratch memory, which Triton's launcher takes, or Triton has changed
-            self.descriptors, self.in_c = (), False
+            (self.call, self.constant, self.scratch), self.in_c = _call_in_c(compiled, bool(self.descriptors)), True
+        except Exception:  # of whatever kind: Triton has changed
+            self.descriptors, self.in_c, self.scratch = (), False, None
             self.call, self.constant = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
 
     def __call__(self, grid: tuple, device: torch.device, values: list):
         x, y, z = (*grid, 1, 1)[:3]
-        self.call(x, y, z, self.stream_of(device.index), *self.constant, *self.arguments(values))
+        constant = self.constant
+        if self.scratch is not None:
+            constant = [*constant]
+            constant[self.scratch] = self.memory(grid, device)
+        self.call(x, y, z, self.stream_of(device.index), *constant, *self.arguments(values))
+
+    def memory(self, grid: tuple, device: torch.device) -> torch.Tensor:
+        """Scratch memory for one launch, in which a kernel makes descriptors, say."""
+        launcher = self.compiled.run
+        size = math.prod(grid) * launcher.num_ctas * launcher.global_scratch_size
+        return torch.empty(size, dtype=torch.int8, device=device)
 
     def arguments(self, values: list) -> tuple | list:
         """`values` in the kernel's order; descriptors as what they are encoded as."""
@@ -148,18 +177,32 @@ def _descriptors(compiled) -> list:
 
 
 def _call_in_c(compiled, has_descriptors: bool):
-    """call, constant: call(x, y, z, stream, *constant, *arguments) is what Triton's launcher does, descriptors encoded.
+    """call, constant, scratch: call(x, y, z, stream, *constant, *arguments) is what Triton's launcher does, descriptors
+    encoded; constant[scratch] is each launch's own scratch memory. None: it wants none.
 
     What the C function is given besides is what the launcher itself gives it, when it is called with marks.
     """
-    launcher, given, marks, arguments = copy.copy(compiled.run), [], [object() for _ in range(4)], (object(), object())
+    launcher, given, memory, arguments = copy.copy(compiled.run), [], object(), (object(), object())
+    marks = [1, 1, 1, object()]  # the launcher computes with the grid
+
+    def launch():
+        triton.set_allocator(lambda *_: memory)
+        launcher(*marks, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
     in_c, launcher.launch = launcher.launch, lambda *args: given.extend(args)
-    launcher(*marks, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+    contextvars.copy_context().run(launch)  # the allocator outside of it stays
     if has_descriptors:
         in_c = inspect.getclosurevars(in_c).nonlocals["launcher"]
-    if given[:4] == marks and given[-1] == arguments:  # from Triton 3.7 on
-        constant = given[4:-1]
-        return lambda x, y, z, stream, *arguments: in_c(x, y, z, stream, *constant, arguments), ()
-    if given[:4] == marks and tuple(given[-2:]) == arguments:
-        return in_c, tuple(given[4:-2])
-    raise NotImplementedError("a launcher that is not known here")
+    packed = given[-1] == arguments  # from Triton 3.7 on
+    if given[:4] != marks or not (packed or tuple(given[-2:]) == arguments):
+        raise NotImplementedError("a launcher that is not known here")
+    constant = given[4 : -1 if packed else -2]
+    scratch = next((i for i, x in enumerate(constant) if x is memory), None)
+    if bool(launcher.global_scratch_size) != (scratch is not None):
+        raise NotImplementedError("scratch memory goes another way")
+    if scratch is not None:
+        constant[scratch] = None
+    if not packed:
+        return in_c, tuple(constant), scratch
+    many = len(constant)
+    return lambda x, y, z, stream, *rest: in_c(x, y, z, stream, *rest[:many], rest[many:]), tuple(constant), scratch

@@ -8,6 +8,7 @@ of an item is a part; only the first and the last part of a piece can be less th
 `keys` below is (seqlen_k, seqlens_k, starts, window_left, seqlen_q): pointers or None, None for no window.
 """
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -60,6 +61,15 @@ def keys_in_reach(off_b, batch, keys, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def _blocks(lo, hi, keys):
+    """Of an item with the keys of blocks lo..hi."""
+    size = hi - lo
+    if keys[1] is not None or keys[2] is not None:
+        size += 1
+    return size
+
+
+@gluon.jit
 def piece(batch, items, keys, BLOCK_N: gl.constexpr, BATCH: gl.constexpr):
     """(start, end, total, off_b, base): this program's blocks, all blocks; the sequence that start is in, its begin.
 
@@ -74,7 +84,7 @@ def piece(batch, items, keys, BLOCK_N: gl.constexpr, BATCH: gl.constexpr):
     else:
         offs_b = gl.arange(0, BATCH, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
         _, _, lo, hi = keys_in_reach(offs_b, batch, keys, BLOCK_N)
-        ends = gl.associative_scan(gl.where(offs_b < batch, (hi - lo) * items, 0), 0, _add)
+        ends = gl.associative_scan(gl.where(offs_b < batch, _blocks(lo, hi, keys) * items, 0), 0, _add)
         total = gl.max(ends, 0)
     start = _begin(gl.program_id(0), total)
     end = _begin(gl.program_id(0) + 1, total)
@@ -86,14 +96,15 @@ def piece(batch, items, keys, BLOCK_N: gl.constexpr, BATCH: gl.constexpr):
 
 @gluon.jit
 def item_at(start, off_b, base, total, batch, items, keys, BLOCK_N: gl.constexpr):
-    """Of the item that block `start` of the line is in: sequence, number in it, begin and end on the line.
+    """Of the item that block `start` of the line is in: sequence, number in it, begin, end of its keys, its own end.
 
     Where all programs have whole items alone, and as many, the heads of a sequence are dealt out one by one: programs
     beside each other read the same keys of different heads, which lie beside each other in memory, at the same time.
     """
     _, _, lo, hi = keys_in_reach(off_b, batch, keys, BLOCK_N)
-    item = (start - base) // (hi - lo)
-    begin = base + item * (hi - lo)
+    size = _blocks(lo, hi, keys)
+    item = (start - base) // size
+    begin = base + item * size
     if keys[1] is None and keys[2] is None:
         if batch * items >= gl.num_programs(0):
             each = batch * items // gl.num_programs(0)
@@ -102,7 +113,15 @@ def item_at(start, off_b, base, total, batch, items, keys, BLOCK_N: gl.constexpr
         if batch > 1:
             off_b = item // items
             item -= off_b * items
-    return off_b, item, begin, begin + (hi - lo)
+    return off_b, item, begin, begin + (hi - lo), begin + size
+
+
+@gluon.jit
+def end_of_keys(start, stop, last, keys):
+    """Where the blocks with keys end that a program has of an item, start..stop; the item's end at `last`."""
+    if keys[1] is not None or keys[2] is not None:
+        stop = gl.maximum(gl.minimum(stop, last), start)
+    return stop
 
 
 @gluon.jit
@@ -127,12 +146,17 @@ def sharers(begin, end, total):
 
 
 def pieces_for(problem: AttentionProblem) -> int:
-    """Programs to deal to: one an SM, and as many on each of the eight GPCs of a Hopper GPU.
+    """Programs to deal a problem's keys to."""
+    return programs_on(problem.q.device)
+
+
+def programs_on(device: torch.device) -> int:
+    """Programs for a whole GPU: one an SM, and as many on each of the eight GPCs of a Hopper GPU.
 
     128 are 1 to 9 % faster than 132 on an H200, which has 16 SMs on six GPCs and 18 on two: the SMs of a fuller one
     would read more slowly and end last (a surmise; docs/decoding.md has what was measured).
     """
-    return max(1, detect_gpu(problem.q.device).sm_count // 8 * 8)
+    return max(1, detect_gpu(device).sm_count // 8 * 8)
 
 
 def lengths_for(problem: AttentionProblem) -> int:

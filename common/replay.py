@@ -197,12 +197,12 @@ class Recipe:
             self.index = self.device.index
             self.current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)  # the quicker one
         self.kept = []  # tensors of the program's own, and compiled kernels
+        self.make, self.counts = [make for _, make in taken.made], taken.counts
         self.launches = [self._launch(*launch, dispatched) for launch in taken.launches]
         self.checks = [(check, name, self._source(x), most) for check, name, x, most in taken.checks]
         results = result if isinstance(result, tuple) else (result,)
         self.results = [self._result(x) for x in results]
         self.single = not isinstance(result, tuple)
-        self.make, self.counts = [make for _, make in taken.made], taken.counts
         del self.given, self.sources  # the caller's
 
     def _source(self, x: torch.Tensor) -> int | None:
@@ -240,6 +240,11 @@ class Recipe:
 
     def _dispatched(self, prepared: dispatch.Prepared, grid, values) -> "Launch":
         arguments, places, encoders = [*(*grid, 1, 1)[:3], None, *prepared.constant], [], dict(prepared.descriptors)
+        if prepared.scratch is not None:
+            memory = prepared.memory(grid, self.device)
+            places.append((STREAM + 1 + prepared.scratch, len(self.sources), lambda x: x))
+            self.sources.append(memory)
+            self.make.append(_maker(memory))
         for i, x in enumerate(values):
             if isinstance(x, torch.Tensor):
                 source = self._source(x)

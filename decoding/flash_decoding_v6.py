@@ -17,6 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from common.equal_pieces import (
+    end_of_keys,
     item_at,
     keys_in_reach,
     lengths_for,
@@ -41,10 +42,10 @@ def producer(k_desc, v_desc, k_ring, v_ring, work, batch, items, row_blocks, key
     start, end, total, off_b, base = work
     i = start * 0
     while start < end:
-        b, item, begin, finish = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
+        b, item, begin, last, finish = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
         _, _, lo, _ = keys_in_reach(b, batch, keys, BLOCK_N)
         stop = gl.minimum(finish, end)
-        for j in range(start, stop):
+        for j in range(start, end_of_keys(start, stop, last, keys)):
             fill(k_ring, k_desc, [b, item // row_blocks, (lo + j - begin) * BLOCK_N, 0], i, STAGES)
             fill(v_ring, v_desc, [b, item // row_blocks, (lo + j - begin) * BLOCK_N, 0], i, STAGES)
             i += 1
@@ -110,9 +111,10 @@ def consumer(
     i = start * 0
     part = gl.program_id(0) * 2
     while start < end:
-        b, item, begin, finish = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
+        b, item, begin, last, finish = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
         first, len_k, lo, _ = keys_in_reach(b, batch, keys, BLOCK_N)
         stop = gl.minimum(finish, end)
+        until = end_of_keys(start, stop, last, keys)
         p_first, p_last, slot = sharers(begin, finish, total)  # early: nobody waits for it here
         first_head, start_m = item // row_blocks * group, item % row_blocks * N
         offsets, mask = row_offsets(stride_q, b, first_head, start_m, rows, seqlen_q, HEAD_DIM, N, WIDTH)
@@ -122,7 +124,7 @@ def consumer(
         m_i = gl.full([N], -float("inf"), gl.float32, gl.SliceLayout(0, LAYOUT))
         l_i = gl.zeros([BLOCK_N, N], gl.float32, LAYOUT)
         acc = gl.zeros([WIDTH, N], gl.float32, LAYOUT)
-        for j in range(start, stop):
+        for j in range(start, until):
             acc, m_i, l_i = step(
                 i + j - start, (lo + j - begin) * BLOCK_N, q_smem, p_smem, acc, m_i, l_i, first, len_k, last_key,
                 k_ring, v_ring, scale_log2, keys, STAGES,
@@ -130,7 +132,7 @@ def consumer(
         l_i = gl.sum(l_i, 0)
         out = acc * gl.expand_dims(gl.where(l_i == 0.0, 0.0, 1.0 / l_i), 0)
         lse = m_i + gl.log2(l_i)  # -inf for a row without keys
-        i += stop - start
+        i += until - start
         place = (stride_o, b, items // row_blocks, item // row_blocks, start_m, rows, seqlen_q)
         if stop - start == finish - begin:
             store_rows(Out, LSE, gl.permute(out, (1, 0)), lse, *place, HEAD_DIM)

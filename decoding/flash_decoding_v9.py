@@ -17,6 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from common.equal_pieces import (
+    end_of_keys,
     item_at,
     keys_in_reach,
     lengths_for,
@@ -62,16 +63,16 @@ def producer(
     if table is None and keys[1] is None and keys[2] is None:  # where nothing has to be read for it
         if start < end:
             K, V, stride_k, stride_v = caches
-            b, item, begin, _ = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
+            b, item, begin, _, _ = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
             _, _, lo, _ = keys_in_reach(b, batch, keys, BLOCK_N)
             start_n = (lo + start - begin) * BLOCK_N
             bring_to_l2(K, stride_k, b, item // row_blocks * SIDE, start_n, keys[0], BLOCK_N, SIDE * HEAD_DIM)
             bring_to_l2(V, stride_v, b, item // row_blocks * SIDE, start_n, keys[0], BLOCK_N, SIDE * HEAD_DIM)
     while start < end:
-        b, item, begin, finish = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
+        b, item, begin, last, finish = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
         _, len_k, lo, _ = keys_in_reach(b, batch, keys, BLOCK_N)
         stop = gl.minimum(finish, end)
-        for j in range(start, stop):
+        for j in range(start, end_of_keys(start, stop, last, keys)):
             start_n = (lo + j - begin) * BLOCK_N
             wait_for_kernel_before()
             if table is None:
@@ -157,9 +158,10 @@ def consumer(
     part = gl.program_id(0) * 2
     wait_for_kernel_before()  # also where there is nothing to do, or the kernel after this one came too early
     while start < end:
-        b, item, begin, finish = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
+        b, item, begin, last, finish = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
         first, len_k, lo, _ = keys_in_reach(b, batch, keys, BLOCK_N)
         stop = gl.minimum(finish, end)
+        until = end_of_keys(start, stop, last, keys)
         p_first, p_last, slot = sharers(begin, finish, total)  # early: nobody waits for it here
         first_head, start_m = item // row_blocks * group, item % row_blocks * N
         even, mask_q = row_offsets(stride_q, b, first_head, start_m, rows, seqlen_q, HEAD_DIM, N, WIDTH // 2, 2, SIDE)
@@ -188,13 +190,13 @@ def consumer(
         m_i = gl.full([N], -float("inf"), gl.float32, gl.SliceLayout(0, LAYOUT))
         l_i = gl.zeros([BLOCK_N, N], gl.float32, LAYOUT)
         acc = gl.zeros([WIDTH, N], gl.float32, LAYOUT)
-        for j in range(start + (i + GROUP) % 2, stop, 2):  # v9: every other block of the ring
+        for j in range(start + (i + GROUP) % 2, until, 2):  # v9: every other block of the ring
             acc, m_i, l_i = step(
                 i + j - start, (lo + j - begin) * BLOCK_N, q_smem, p_smem, acc, m_i, l_i, first, len_k, last_key,
                 scales, k_ring, v_ring, keys, E5M2, STAGES,
             )  # fmt: skip
         l_i = gl.sum(l_i, 0) * gl.where(missing, float("nan"), 1.0)
-        i += stop - start
+        i += until - start
         if GROUP == 1:
             hand_over(handed, h, acc, m_i, l_i)
         else:

@@ -46,6 +46,8 @@ SHAPES = {
     "D111-65": Case(2, 2, 2, seqlen_k=65, head_dim=111, scale=-0.3),
     "D128-gqa-515": Case(1, 6, 2, seqlen_k=515, head_dim=128),
     "D256-300": Case(1, 1, 1, seqlen_k=300, head_dim=256, lengths_k=(299,)),
+    "D128-8-heads": Case(1, 16, 8, seqlen_k=530, head_dim=128, lengths_k=(515,)),
+    "D64-64-heads": Case(8, 8, 8, 2, seqlen_k=70, head_dim=64),
 }
 
 
@@ -251,7 +253,9 @@ def test_zero_size(version, num_splits, case, device):
 
 @needs_gpu
 @every_version
-@table("case", {"one-row": Case(2, 2, 2, 1, 4096, 64), "rows": Case(2, 16, 2, 3, 4096, 128)})
+@table("case", {
+    "8-heads": Case(1, 8, 8, 1, 4096, 64), "one-row": Case(2, 2, 2, 1, 4096, 64), "rows": Case(2, 16, 2, 3, 4096, 128)
+})  # fmt: skip
 def test_the_same_call_gives_the_same_bits(version, case, device):
     """A merge that starts before all parts are there, or takes them in the order in which they came."""
     q, k, v = case.tensors("fp16", device)

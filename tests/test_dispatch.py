@@ -130,7 +130,9 @@ class Fake:
         given = dict(zip(self.kernel.arg_names, args, strict=False)) | options
         bound = [given.get(name, False) for name in self.kernel.arg_names]
         x, y, z = (*grid, 1, 1)[:3]
-        self.compiled.run(x, y, z, 70, self.compiled.function, self.compiled.packed_metadata, None, None, None, *bound)
+        if not warmup:
+            metadata = self.compiled.packed_metadata
+            self.compiled.run(x, y, z, 70, self.compiled.function, metadata, None, None, None, *bound)
         return self.compiled
 
     def launch(self, X, n=5, grid=(3, 2), **options):
@@ -151,9 +153,10 @@ def test_the_same_reaches_the_launcher(monkeypatch, tma, scratch):
     fake = Fake(monkeypatch, tma, scratch)
     triton.set_allocator(lambda size, alignment, stream: size)
     X = rows(1, 64) if tma else at(0)
+    monkeypatch.setattr(torch, "empty", lambda size, **_: size)
     for _ in range(3):
         fake.launch(X)
-    assert fake.compilations == 1 and len(fake.seen) == 3
+    assert fake.compilations == 1 and len(fake.seen) == 3 and (48 in fake.seen[2]) == bool(scratch)
     assert addresses(fake.seen[0]) == addresses(fake.seen[1]) == addresses(fake.seen[2])
     assert 0xF in fake.seen[0] and 70 in fake.seen[0]
 
@@ -313,6 +316,24 @@ def test_a_recipe_launches_on_the_tensors_of_the_call(monkeypatch, tma):
         assert fake.encoded == encoded or not again
 
 
+def test_a_recipe_gives_each_launch_memory_of_its_own(monkeypatch):
+    """What Triton's launcher would ask its allocator for, which stays the caller's."""
+    fake, tensors, asked = Fake(monkeypatch, scratch=8), some_tensors(), []
+    triton.set_allocator(lambda size, alignment, stream: asked.append(size) or size)
+    *positional, lengths = tensors.values()
+    recipe = Recipe(three_launches(fake, False), tuple(positional), {"lengths": lengths})
+    fake.seen.clear()
+    out = recipe([*tensors.values()])
+    memory = [next(x for x in args if isinstance(x, torch.Tensor)) for args in fake.seen]
+    assert [x.nbytes for x in memory] == [8 * 6, 8 * 5, 8 * 24] and len({x.data_ptr() for x in memory}) == 3
+    assert launched(fake, tensors | {"out": out}) == EACH
+    asked.clear()
+    for _ in range(2):
+        fake.launch(at(0), n=77)  # by Triton, which asks
+        monkeypatch.setattr(torch, "empty", lambda size, **_: size)
+    assert asked == [48]
+
+
 @with_and_without_tma
 @pytest.mark.parametrize("given", [False, True], ids=["own outputs", "given outputs"])
 def test_a_plan_launches_on_the_tensors_of_the_call(monkeypatch, tma, given):
@@ -406,3 +427,12 @@ def test_a_plan_keeps_nothing_of_the_callers(monkeypatch, tma):
     gone = [weakref.ref(x) for x in tensors.values()]
     tensors.clear()
     assert all(x() is None for x in gone)
+
+
+def test_clusters(monkeypatch):
+    """The first launch, which Triton makes, and those after it: each is told how many programs a cluster has."""
+    fake = Fake(monkeypatch)
+    for _ in range(3):
+        fake.launch(torch.empty(16), CLUSTER=8)
+    assert [(4, 8, 512) in args for args in fake.seen] == [True] * 3
+    assert fake.compilations == 2  # the compiler's, which launches nothing, and the first launch

@@ -17,6 +17,7 @@ from attention_checks import Case, assert_lse_close, guarded_memory, tensor_byte
 from gluon_emulator import Emulator
 from gluon_mutants import HOPPER, NEEDED, mutants
 
+import common.cluster
 import common.equal_pieces
 import common.paged_ring
 import common.pairs
@@ -24,6 +25,7 @@ import common.parts
 from common import tickets
 from common.hardware import KNOWN, pretend
 from common.lineage import versions_of
+from common.problem import AttentionProblem
 from common.reference import attention_oracle
 
 CPU = torch.device("cpu")
@@ -86,6 +88,10 @@ STEPS = {
     "window-lengths": Step(Case(3, 2, 1, 4, 400, 128, lengths_k=(400, 131, 2)), window=(128, 0)),
     "everything": Step(Case(3, 6, 2, 5, 400, 64, lengths_k=(400, 290, 3)), starts=(380, 20, 1), window=(150, 0)),
     "negative-scale": Step(Case(1, 2, 2, 1, 200, 64, scale=-0.7)),
+    "one-sequence-window": Step(Case(1, 8, 4, 2, 2100, 64, lengths_k=(2033,)), starts=(77,), window=(1900, 0)),
+    "one-sequence-D128": Step(Case(1, 8, 8, 1, 1030, 128, lengths_k=(1030,))),
+    "one-sequence-without-keys": Step(Case(1, 4, 2, 1, 600, 128, lengths_k=(0,))),
+    "one-sequence-in-pages": Step(Case(1, 16, 4, 2, 2048, 128, lengths_k=(1999,)), starts=(40,), page=16),
     "pages-of-8": Step(Case(2, 4, 4, 1, 200, 80, lengths_k=(150, 0)), starts=(20, 0), page=8),
     "pages-of-16": Step(Case(3, 8, 2, 2, 304, 128, lengths_k=(304, 77, 16)), page=16),
     "pages-of-64": Step(Case(2, 2, 1, 1, 320, 64), window=(100, 0), page=64),
@@ -137,6 +143,19 @@ def in_pages(step: Step, k, v):
     return *caches, table
 
 
+def in_clusters(version) -> bool:
+    return "CLUSTER" in version.kernels[0].arg_names
+
+
+def sms_for(version, seed: int, *tensors, **options) -> int:
+    """SMs for a schedule; where a version wants as many programs as share the heads evenly, the like of it."""
+    for sms in (SMS[seed], *(8 * (n + seed) for n in range(1, 64))):
+        with pretend(dataclasses.replace(KNOWN["sm_90"], sm_count=sms)):
+            if version.why_not_call(*tensors, **options) is None:
+                return sms
+    pytest.skip(f"{version.name} declines this step whatever the GPU")
+
+
 def run(version, name: str, dtype: str, seed: int, edit=lambda path, source: source):
     """One step on one schedule, compared with the oracle. An AssertionError, ProtocolErrors too, where it fails."""
     step, (q, k, v, wanted, wanted_lse, descales) = STEPS[name], tensors(name, dtype, not version.half)
@@ -145,8 +164,10 @@ def run(version, name: str, dtype: str, seed: int, edit=lambda path, source: sou
         options["starts"] = torch.tensor(step.starts, dtype=torch.int32)
     if step.page is not None:
         k, v, options["block_table"] = in_pages(step, k, v)
+    if step.page is not None and "block_table" not in version.takes:
+        pytest.skip(f"{version.name} takes no pages")
     emulator = Emulator(seed, edit)
-    gpu = dataclasses.replace(KNOWN["sm_90"], sm_count=SMS[seed])
+    gpu = dataclasses.replace(KNOWN["sm_90"], sm_count=sms_for(version, seed, q, k, v, **options))
     counters = {}
     with (
         mock.patch("common.problem.interpreting", lambda: True),
@@ -154,11 +175,6 @@ def run(version, name: str, dtype: str, seed: int, edit=lambda path, source: sou
         pretend(gpu),
         guarded_memory(),
     ):
-        if step.page is not None and "block_table" not in version.takes:
-            pytest.skip(f"{version.name} takes no pages")
-        if not version.half and step.case.head_dim % 16:
-            pytest.skip(f"{version.name} takes head_dim in multiples of 16")
-        assert version.why_not_call(q, k, v, **options) is None
         out, lse = emulator.load(version.path).VERSION.call(q, k, v, return_lse=True, **options)
         if seed == 0:
             alone = emulator.load(version.path).VERSION.call(q, k, v, **options)  # with the counters that are left
@@ -184,32 +200,56 @@ def test_right_on_every_schedule(version, name):
 @pytest.mark.parametrize("entry", [-1, 10**6])
 def test_a_page_that_is_missing(version, entry):
     """It makes its own sequence NaN, by the programs that meet it, and no other one."""
-    step, (q, k, v, wanted, _, descales) = STEPS["pages-of-16"], tensors("pages-of-16", "fp16", not version.half)
+    name, page = ("pages-of-64", 4) if in_clusters(version) else ("pages-of-16", 2)
+    step, (q, k, v, wanted, _, descales) = STEPS[name], tensors(name, "fp16", not version.half)
     k, v, table = in_pages(step, k, v)
-    table[1, 2] = entry
-    options = step.case.options(CPU) | {"block_table": table} | descales
-    for sms in SMS:
-        gpu = dataclasses.replace(KNOWN["sm_90"], sm_count=sms)
+    table[1, page] = entry
+    options = step.case.options(CPU) | {"window": step.window, "block_table": table} | descales
+    others = [b for b in range(step.case.batch) if b != 1]
+    for seed in SEEDS:
         with (
             mock.patch("common.problem.interpreting", lambda: True),
             mock.patch("common.problem.AttentionProblem._check_pages", lambda self: None),
             mock.patch.object(tickets, "_of_stream", {}),
-            pretend(gpu),
+            pretend(dataclasses.replace(KNOWN["sm_90"], sm_count=sms_for(version, seed, q, k, v, **options))),
         ):
             out = Emulator().load(version.path).VERSION.call(q, k, v, **options)
         assert out[1].isnan().all()
-        assert torch.allclose(out[[0, 2]].double(), wanted[[0, 2]], atol=5e-3, rtol=2e-3)
+        assert torch.allclose(out[others].double(), wanted[others], atol=5e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("version", [v for v in VERSIONS if in_clusters(v)], ids=lambda version: version.name)
+def test_what_makes_no_cluster_is_declined(version):
+    """A batch without sequences, more heads than programs, tiles with more rows than a window holds: said in words."""
+    dtype = torch.float16 if version.half else torch.float8_e4m3fn
+    gpu = KNOWN["sm_90"]
+
+    def tensors_of(batch, heads, group=1):
+        q = torch.zeros(batch, heads * group, 1, 128, dtype=torch.float16)
+        return q, *(torch.zeros(max(1, batch), heads, 16, 128).to(dtype) for _ in range(2))
+
+    with pretend(gpu), mock.patch("common.problem.interpreting", lambda: True):
+        assert version.why_not_call(*tensors_of(1, 8)) is None
+        table = torch.zeros(0, 4, dtype=torch.int32)
+        assert "0 are here" in version.why_not_call(*tensors_of(0, 8), block_table=table)
+        for heads in (128, 5, 1):
+            assert f"{heads} are here" in version.why_not_call(*tensors_of(1, heads))
+        tiles = version.tiles(AttentionProblem.decoding(*tensors_of(1, 8, 64), fp8_caches=True))
+        with pytest.raises(ValueError, match="takes tiles of 32 rows at most for 128 columns, not 64"):
+            version.call(*tensors_of(1, 8, 64), tiles=tiles._replace(BLOCK_M=64))
 
 
 # ---- kernels with a piece missing
 
-PIECES, PARTS, PAGES = (
-    pathlib.Path(module.__file__) for module in (common.equal_pieces, common.parts, common.paged_ring)
+PIECES, PARTS, PAGES, CLUSTER = (
+    pathlib.Path(module.__file__)
+    for module in (common.equal_pieces, common.parts, common.paged_ring, common.cluster)
 )
 MUTANT_RUNS = [
     ("ragged-D128", 0), ("everything", 2), ("lengths-with-0", 1), ("gqa-odd-D128", 2),
     ("one-sequence-many-programs", 3), ("ragged-D128", 1),
 ]  # fmt: skip
+CLUSTER_RUNS = [("one-sequence-window", 2), ("one-sequence-D128", 3), ("one-sequence-in-pages", 1), ("D256", 0)]
 _NEXT = "\n        mbarrier.init(empty.index(i), count=1)"
 REWRITES = {
     "a ticket too few": ("== count - 1", "== count - 2"),
@@ -224,6 +264,17 @@ REWRITES = {
     "pages: empty waits for two arrivals": (_NEXT, _NEXT.replace("1", "2")),
     "all pages in one place": (".slice(j * ROWS, ROWS, dim=2)", ".slice(0, ROWS, dim=2)"),
     "half the bytes of pages": ("nbytes * (BLOCK_N // ROWS)", "nbytes * (BLOCK_N // ROWS // 2)"),
+    "a window expects half": ("[window + {size}], {size};", "[window + {size}], {size // 2};"),
+    "a window expects too much": ("[window + {size}], {size};", "[window + {size}], {size + 8};"),
+    "a window takes two arrivals": ("[window + {size}], 1;", "[window + {size}], 2;"),
+    "the barrier of a window is not published": ("@first fence.mbarrier_init.release.cluster;", ""),
+    "a window moves the rings": ("(size // 1024 + 1) * 1024", "size + 8"),
+    "all slices go to the first program": ("[offs_d // SLICE, at", "[offs_d * 0, at"),
+    "all parts go to the first place": ("((rank * ROWS + row) * SLICE", "((0 * ROWS + row) * SLICE"),
+    "rows of no query are sent": ("gl.where(row < ROWS, 1, 0)", "gl.where(row >= 0, 1, 0)"),
+    "parts of a window weigh the same": ("gl.exp2(parts[j][1] - m_safe)", "gl.exp2(parts[j][1] - parts[j][1])"),
+    "columns of another program": ("column = gl.program_id(0) % CLUSTER * SLICE", "column = gl.program_id(0) * 0"),
+    "shares overlap": ("(hi - lo) * (rank + 1) // CLUSTER", "(hi - lo) * (rank + 1) // CLUSTER + 1"),
     "parts weigh the same": ("weight = gl.exp2(lses[j] - m_safe)", "weight = gl.exp2(lses[j] - lses[j])"),
 }
 # What a version could do without, and why it is there.
@@ -236,9 +287,12 @@ HARMLESS = {
 
 def _all_mutants() -> list:
     """Of each version's file, and of each shared file and function in the first version that has it."""
-    needed, seen, found = (*NEEDED, "zero_rows", "store_part"), set(), []
+    in_cluster = ("here", "wait_for_others", "hand_out", "wait_for_parts")
+    needed, seen, found = (*NEEDED, "zero_rows", "store_part", *in_cluster), set(), []
     for version in VERSIONS:
         shared = (HOPPER, PIECES, PARTS, *([PAGES] if "block_table" in version.takes else []))
+        if in_clusters(version):
+            shared = (*shared, CLUSTER)
         functions = {ast.unparse(x): x.name for x in ast.parse(version.path.read_text()).body if hasattr(x, "name")}
         repeated = tuple(f"{name}: " for text, name in functions.items() if text in seen)
         for path in (version.path, *(path for path in shared if path not in seen)):
@@ -256,7 +310,8 @@ def test_every_change_is_noticed(version, path, name, changed):
         return changed if file == path else source
 
     try:
-        for step, seed in MUTANT_RUNS + ([("pages-of-16", 1)] if "block_table" in version.takes else []):
+        runs = MUTANT_RUNS + ([("pages-of-16", 1)] if "block_table" in version.takes else [])
+        for step, seed in CLUSTER_RUNS if in_clusters(version) else runs:
             run(version, step, "fp16", seed, edit)
     except AssertionError:
         assert (version.name, name) not in HARMLESS, "is noticed now: take it off the list of what is harmless"
@@ -269,7 +324,7 @@ def test_every_change_is_noticed(version, path, name, changed):
 KERNEL = """
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from common.equal_pieces import item_at, keys_in_reach, next_sequence, piece, sharers
+from common.equal_pieces import end_of_keys, item_at, next_sequence, piece, sharers
 
 
 @gluon.jit
@@ -279,12 +334,13 @@ def deal(Dealt, Owner, Parts, seqlens_k, starts, batch, items, seqlen_k, seqlen_
     start, end, total, off_b, base = piece(batch, items, keys, BLOCK_N, BATCH)
     part = 2 * gl.program_id(0)
     while start < end:
-        b, item, begin, finish = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
+        b, item, begin, last, finish = item_at(start, off_b, base, total, batch, items, keys, BLOCK_N)
         stop = gl.minimum(finish, end)
-        for j in range(start, stop):
+        for j in range(start, end_of_keys(start, stop, last, keys)):
             at = (b * items + item) * most + j - begin
             gl.store(Dealt + at, gl.load(Dealt + at) + 1)
-            gl.store(Owner + at, gl.program_id(0))
+        for j in range(start, stop):
+            gl.store(Owner + ((b * items + item) * most + j - begin), gl.program_id(0) + 1)
         if stop - start < finish - begin:
             first, last, slot = sharers(begin, finish, total)
             at = (gl.program_id(0) * 2 + part % 2) * 5
@@ -334,9 +390,12 @@ DEALS = {
 @pytest.mark.parametrize("programs", [1, 3, 8, 16, 128])
 @pytest.mark.parametrize("deal", DEALS)
 def test_every_block_is_dealt_once(dealers, deal, programs):
-    """In pieces that differ by a block at most; who shares an item agrees with who has a part of it, and where."""
+    """In pieces that differ by a block at most, with one more for each item where lengths differ; who shares an item
+    agrees with who has a part of it, and where.
+    """
     batch, items, seqlen_k, seqlen_q, lengths, starts, window = DEALS[deal]
-    most = -(-seqlen_k // 64) + 1
+    more = int(lengths is not None or starts is not None)
+    most = -(-seqlen_k // 64) + 1 + more
     dealt, owner = (torch.zeros(batch * items, most, dtype=torch.int32) for _ in range(2))
     parts = torch.full((2 * programs, 5), -1, dtype=torch.int32)
     of = [None if x is None else torch.tensor(x, dtype=torch.int32) for x in (lengths, starts)]
@@ -348,11 +407,12 @@ def test_every_block_is_dealt_once(dealers, deal, programs):
         count = max(-(-end // 64) - first // 64, 1)
         of_sequence = dealt[b * items : (b + 1) * items]
         assert of_sequence[:, :count].eq(1).all() and not of_sequence[:, count:].any()
-    sizes = torch.bincount(owner[dealt > 0], minlength=programs)
+    assert (owner > 0).sum() == dealt.sum() + more * batch * items
+    sizes = torch.bincount(owner[owner > 0] - 1, minlength=programs)
     assert sizes.max() - sizes.min() <= 1
     shared = 0
     for item in range(batch * items):
-        owners = owner[item][dealt[item] > 0].tolist()
+        owners = (owner[item][owner[item] > 0] - 1).tolist()
         assert owners == sorted(owners)
         mine = parts[parts[:, 0] == item].tolist()
         assert len(mine) == (len(set(owners)) if len(set(owners)) > 1 else 0)

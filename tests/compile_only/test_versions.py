@@ -80,7 +80,8 @@ def test_default_tiles(cell):
     assert narrow_offsets(first.stage("ttir") or first.stage("ttgir"), dtype) == []  # Gluon begins with the latter
     if arch.startswith("sm") and head_dim == 128:  # were a loop unrolled by ptxas, this would be more
         written = first.stage("ptx").count("ex2.approx")  # a few of which nobody uses
-        assert 0.97 * written <= sum(i.kind == "exponentials" for i in first.code.instructions) <= written
+        used = sum(i.kind == "exponentials" for i in first.code.instructions)
+        assert min(0.97 * written, written - 2) <= used <= written
 
 
 @pytest.mark.parametrize(
@@ -229,7 +230,10 @@ SPILLS_A_TURN = {
     (16, "e4m3", 64, "4-queries", "all"): 1, (64, "e4m3", 64, "4-queries", "all"): 1,
     (16, "e4m3", 128, "4-queries", "all"): 4, (16, "e4m3", 256, "4-queries", "lengths"): 3,
     (64, "e5m2", 80, "4-queries", "window"): 3, (None, "e4m3", 64, "80-rows", "all"): 1,
+    (None, "e4m3", 256, "80-rows", "all"): 2,
 }  # fmt: skip
+if triton_version() >= (3, 9):
+    SPILLS_A_TURN[None, "e4m3", 64, "64-rows", "all"] = 1
 
 
 @functools.cache
@@ -394,6 +398,32 @@ def test_nothing_is_touched_before_the_kernel_before_has_ended(name, page, dtype
         assert text.index("griddepcontrol.wait") < text.index("ttg.warp_specialize")
         assert all(i.kind == "global loads" for i in touched)
         assert all(i.places[0].file.endswith("common/equal_pieces.py") for i in touched), touched
+
+
+IN_CLUSTERS = [
+    *[("v10", None, "fp16", d, rows, "plain") for d in (64, 128, 256) for rows in ("1-row", "4-rows", "4-queries")],
+    ("v10", 16, "bf16", 80, "4-queries", "window"), ("v10", None, "bf16", 128, "4-rows", "lse"),
+    *[("v11", None, "e4m3", d, rows, "plain") for d in (64, 128, 256) for rows in ("1-row", "4-queries")],
+    ("v11", 64, "e5m2", 80, "4-queries", "window"), ("v11", 16, "e4m3", 128, "4-rows", "plain"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, page, dtype, head_dim, rows, mask", IN_CLUSTERS)
+def test_parts_meet_in_shared_memory(name, page, dtype, head_dim, rows, mask):
+    """v10: the threads that have a row's numbers send them; no part in global memory, and no ticket. All warps join the
+    cluster. The window moves nothing that is swizzled by its address, and there is room for it.
+    """
+    kernel, (columns, *_), early = compiled_step(name, page, dtype, head_dim, rows, mask)
+    found, code, constants = facts(kernel), kernel.code, kernel.constants
+    window = int(re.search(r"window\[(\d+)\]", kernel.stage("ptx"))[1])
+    assert window % 1024 == 0 and window >= constants["ROWS"] * constants["WIDTH"] * 8 + 8
+    assert found["spills"] == 0 and found["shared"] + window <= found["shared_limit"], found
+    opcodes = [i.opcode.split(".")[0] for i in code.instructions]
+    numbers = constants["WIDTH"] * columns // 128  # a thread's: of every second column none where there is but one row
+    assert opcodes.count("STAS") == numbers // (2 if constants["ROWS"] == 1 else 1) and "UCGABAR_WAIT" in opcodes
+    assert opcodes.count("UCGABAR_ARV") == (2 if name == "v10" else 3)  # a partition each, of four warps each
+    assert not {"ATOMG", "ATOM", "RED", "REDG"} & {*opcodes}
+    assert early and [i for i in reached_before(code, "ACQBULK") if i.kind.startswith("global")] == []
 
 
 def test_v7_is_launched_when_the_kernel_before_has_ended():
