@@ -230,7 +230,7 @@ SPILLS_A_TURN = {
     (16, "e4m3", 64, "4-queries", "all"): 1, (64, "e4m3", 64, "4-queries", "all"): 1,
     (16, "e4m3", 128, "4-queries", "all"): 4, (16, "e4m3", 256, "4-queries", "lengths"): 3,
     (64, "e5m2", 80, "4-queries", "window"): 3, (None, "e4m3", 64, "80-rows", "all"): 1,
-    (None, "e4m3", 256, "80-rows", "all"): 2,
+    (None, "e4m3", 256, "80-rows", "all"): 3,
 }  # fmt: skip
 if triton_version() >= (3, 9):
     SPILLS_A_TURN[None, "e4m3", 64, "64-rows", "all"] = 1
