@@ -71,6 +71,8 @@ class Bound:
 def bind_version(version: Version, variant: str, inputs: Inputs) -> Bound:
     """A version with its own tiles or its parent's. The output is allocated once, outside the call."""
     tensors, options = inputs.version_arguments()
+    if "fresh_keys" in version.takes:  # as in a step of generation; the kernel ahead in a walk writes no key at all
+        options["fresh_keys"] = inputs.case.seqlen_q
     if reason := version.why_not_call(*tensors, **options):
         raise NotHere(reason)
     if variant == PLAIN:
@@ -78,6 +80,7 @@ def bind_version(version: Version, variant: str, inputs: Inputs) -> Bound:
     if variant == PLAN:
         return _plan(version, tensors, options)
     problem = inputs.problem()
+    problem.fresh_keys = options.get("fresh_keys")
     tiles = _tiles(version, variant, inputs.case, problem)
     if variant == PARENT:
         options["tiles"] = tiles

@@ -37,8 +37,6 @@ def run(kernel, grid: tuple, device: torch.device, args: tuple, options: dict):
     if found and not watched:
         found(grid, device, values)
         return
-    if "CLUSTER" in options:
-        in_clusters(kernel.run(*args, grid=grid, warmup=True, **options), options)
     compiled = kernel[grid](*args, **options)
     if found is None and key is not None and not watched:
         if len(_prepared) >= MOST:
@@ -79,17 +77,6 @@ def is_watched() -> bool:
         return True
 
 
-def in_clusters(compiled, options: dict):
-    """Have every launch of `compiled` start clusters of CLUSTER programs, where it has that option; a grid then counts
-    clusters.
-
-    Triton has the launch attribute for its own num_ctas alone, which makes one program of a cluster; its launchers read
-    the number here.
-    """
-    num_warps, _, shared = compiled.packed_metadata
-    compiled.packed_metadata = num_warps, options["CLUSTER"], shared
-
-
 def prepare(kernel, compiled, positional: int, options: dict) -> "Prepared | None":
     """How to launch `compiled` again, which `kernel` became for that many positional arguments and these options."""
     try:
@@ -112,8 +99,6 @@ class Prepared:
         usual = isinstance(kernel, JITFunction) and type(compiled) is CompiledKernel and len(kernel.arg_names) > 1
         if not usual or type(compiled.run) is not CudaLauncher or is_watched() or kernel.pre_run_hooks:
             raise NotImplementedError("not a launch that is known here")
-        if "CLUSTER" in options:
-            in_clusters(compiled, options)
         self.kernel, self.compiled = kernel, compiled  # kept: another kernel would get the id
         self.order = operator.itemgetter(*(names.index(name) for name in kernel.arg_names))
         self.stream_of = triton.runtime.driver.active.get_current_stream

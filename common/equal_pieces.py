@@ -150,6 +150,11 @@ def pieces_for(problem: AttentionProblem) -> int:
     return programs_on(problem.q.device)
 
 
+def blocks_of_a_piece(problem: AttentionProblem, heads: int, row_blocks: int, block_n: int) -> float:
+    """In the mean, of KV heads (or groups of them) that have so many tiles of rows each, the lengths at their most."""
+    return problem.batch * heads * row_blocks * -(-problem.seqlen_k // block_n) / pieces_for(problem)
+
+
 def programs_on(device: torch.device) -> int:
     """Programs for a whole GPU: one an SM, and as many on each of the eight GPCs of a Hopper GPU.
 

@@ -87,8 +87,7 @@ def cdiv(a: int, b: int) -> int:
 def launch(kernel, grid: tuple, device: torch.device, *args, **options):
     """Run kernel[grid](*args, **options) on `device` and its current stream; an empty grid launches nothing.
 
-    enable_fp_fusion is spelled out because Triton 3.10 turns its default off. A kernel with a constant CLUSTER is
-    launched in clusters of so many programs, which the grid then counts (common/cluster.py).
+    enable_fp_fusion is spelled out because Triton 3.10 turns its default off.
     """
     if 0 in grid:
         return

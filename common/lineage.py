@@ -20,7 +20,9 @@ from common.replay import remembered
 
 FAMILIES = ("prefill", "decoding")
 # which older decoding versions do not take
-CACHE_ARGUMENTS = ("block_table", "window", "starts", "k_new", "v_new", "deterministic", "descale_k", "descale_v")
+CACHE_ARGUMENTS = (
+    "block_table", "window", "starts", "k_new", "v_new", "deterministic", "descale_k", "descale_v", "fresh_keys"
+)  # fmt: skip
 
 
 def triton_version() -> tuple[int, int]:

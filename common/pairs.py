@@ -58,13 +58,6 @@ def rows_of_pairs(pairs, LAYOUT: gl.constexpr, E5M2: gl.constexpr):
 
 
 @gluon.jit
-def order_of_rows(WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
-    """Which columns of V the rows of a product with rows_of_pairs are, [WIDTH]."""
-    offs = gl.arange(0, WIDTH, layout=LAYOUT)
-    return offs // 16 * 16 + offs % 8 * 2 + offs // 8 % 2
-
-
-@gluon.jit
 def in_order(x):
     """x [WIDTH, rows] with the rows of rows_of_pairs, as [WIDTH, rows] in order."""
     WIDTH: gl.constexpr = x.shape[0]

@@ -38,13 +38,13 @@ class AttentionProblem:
     heads_kv, seqlen_q, head_dim]. None where not given. num_splits, or None for a number of the version's choice, of
     keys_per_split keys each, or None for equal shares. Float8 caches: descale_k, descale_v float32 [batch, heads_kv] or
     [batch or pages, heads_kv, blocks]; keys_of_descales: the keys of such a block for each of them, 0 where there is
-    one number a head, or none.
+    one number a head, or none. fresh_keys: of each sequence, that the kernel ahead may write; None for all.
     """
 
     __slots__ = (
-        "batch", "block_table", "descale_k", "descale_v", "descales", "head_dim", "heads_kv", "heads_q", "k", "k_new",
-        "keys_of_descales", "keys_per_split", "lse", "num_splits", "out", "page_size", "q", "rank3", "return_lse",
-        "scale", "seqlen_k", "seqlen_q", "seqlens_k", "seqlens_q", "starts", "v", "v_new", "window_left",
+        "batch", "block_table", "descale_k", "descale_v", "descales", "fresh_keys", "head_dim", "heads_kv", "heads_q",
+        "k", "k_new", "keys_of_descales", "keys_per_split", "lse", "num_splits", "out", "page_size", "q", "rank3",
+        "return_lse", "scale", "seqlen_k", "seqlen_q", "seqlens_k", "seqlens_q", "starts", "v", "v_new", "window_left",
         "window_right",
     )  # fmt: skip
 
@@ -71,7 +71,7 @@ class AttentionProblem:
     def decoding(
         cls, q, k, v, *, scale=None, seqlens_k=None, num_splits=None, return_lse=False, out=None, most_queries=1,
         block_table=None, window=None, starts=None, k_new=None, v_new=None, check_table=False,
-        deterministic=False, descale_k=None, descale_v=None, fp8_caches=False,
+        deterministic=False, descale_k=None, descale_v=None, fp8_caches=False, fresh_keys=None,
     ):  # fmt: skip
         """Check a decoding step; q [B, Hq, Sq, D], the last positions of their sequences, k and v [B, Hkv, Sk, D].
 
@@ -105,6 +105,7 @@ class AttentionProblem:
                 recording.once.append(self._check_pages)
             else:
                 self._check_pages()
+        self.fresh_keys = checked_fresh_keys(fresh_keys)
         self.num_splits, self.keys_per_split = self._checked_splits(num_splits, deterministic)
         self._take_outputs(out, return_lse)
         return self
@@ -419,6 +420,13 @@ def addressable(x: torch.Tensor) -> torch.Tensor:
     *_, row, column = x.stride()
     contiguous = column == 1 or x.shape[-1] == 1
     return x if contiguous and row <= MAX_ROW_STRIDE else x.contiguous()
+
+
+def checked_fresh_keys(fresh_keys):
+    """How many keys may be fresh, or None for all."""
+    if fresh_keys is not None and (type(fresh_keys) is not int or not 0 <= fresh_keys < 2**31):
+        raise ValueError(f"fresh_keys: must be a count of keys, 0 or more, or None for all, it is {fresh_keys!r}")
+    return fresh_keys
 
 
 def _checked_scale(scale, head_dim) -> float:

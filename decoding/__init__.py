@@ -7,7 +7,7 @@ import torch
 from common.hardware import detect_gpu
 from common.lineage import find_version, versions_of
 from common.plan import Plan
-from common.problem import format_of
+from common.problem import checked_fresh_keys, format_of
 from common.replay import remembered
 
 
@@ -15,7 +15,7 @@ from common.replay import remembered
 def flash_decoding(
     q, k, v, *, scale=None, seqlens_k=None, num_splits=None, return_lse=False, out=None, block_table=None, window=None,
     starts=None, k_new=None, v_new=None, check_table=False, deterministic=False, descale_k=None,
-    descale_v=None, version=None,
+    descale_v=None, fresh_keys=None, version=None,
 ):  # fmt: skip
     """softmax(scale * q k^T) v for the last positions of each sequence, by the newest version that serves the call.
 
@@ -49,12 +49,18 @@ def flash_decoding(
     descale_k, descale_v: float32, what k and v are multiplied by; None is 1. Either [B, Hkv], one number for a head of
       a sequence, or like the cache, [B or pages, Hkv, n], one for each block of keys: of the fewest keys that n blocks
       cover the cache's (or a page's) with, a power of two from 16 on. common.quantize.quantize_cache makes them.
+    From v10 on:
+    fresh_keys: how many keys at the end of each sequence the kernel launched just before on this stream may write: Sq
+      in a step of generation, whose own are appended there; None: any. All other keys, lengths, starts and the table
+      must be older: in memory before that kernel began. They are then read while it is still at work, and a promise
+      that does not hold gives wrong results. Versions that wait for all of it leave it unused.
+
     Raises ValueError or TypeError naming the argument, before anything is launched; NoGPU where there is no GPU.
     """
     arguments = dict(scale=scale, seqlens_k=seqlens_k, num_splits=num_splits, return_lse=return_lse, out=out)
     of_caches = dict(
         block_table=block_table, window=window, starts=starts, k_new=k_new, v_new=v_new, descale_k=descale_k,
-        descale_v=descale_v,
+        descale_v=descale_v, fresh_keys=fresh_keys,
     )  # fmt: skip
     arguments |= {name: value for name, value in of_caches.items() if value is not None}
     if check_table is not False and block_table is not None:
@@ -71,9 +77,13 @@ def flash_decoding(
     newest = versions_of("decoding")[::-1]
     here = [found for found in newest if found.why_not(gpu, format_of(k)) is None]
     here = here or [found for found in newest if found.why_not(gpu) is None]  # which say what float8 needs
-    serving = (found for found in here if found.why_not_call(q, k, v, **arguments) is None)
+    must = {name: value for name, value in arguments.items() if name != "fresh_keys"}
+    serving = (found for found in here if found.why_not_call(q, k, v, **must) is None)
     # where nobody serves the call, the newest that has its arguments says which one is wrong
-    chosen = next(serving, None) or next((found for found in here if found.lacks(k=k, **arguments) is None), here[0])
+    chosen = next(serving, None) or next((found for found in here if found.lacks(k=k, **must) is None), here[0])
+    if "fresh_keys" not in chosen.takes:
+        checked_fresh_keys(fresh_keys)
+        arguments = must
     return chosen.call(q, k, v, **arguments)
 
 

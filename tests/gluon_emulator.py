@@ -6,13 +6,13 @@ gl, tma, mbarrier and warpgroup_mma, so that its own `call` launches its own ker
     emulator = Emulator(seed=3)
     out = emulator.load(path_of_version).VERSION.call(q, k, v)     # ProtocolError where the hardware would go wrong
 
-Programs run one after the other, in an order that the seed picks, those of a cluster together. Every partition of
-gl.warp_specialize is a thread, exactly one of them runs at a time, and a generator with the seed picks who is next at
-each operation on shared state: the same seed gives the same run. TMA copies are picked in the same way, so they land
-late and out of order, as do parts that a program sends to another; a product reads its operands at the wait that covers
-it; memory that nobody has written, or that a copy is writing, holds NaN. A kernel launched before the one ahead of it
-has ended (launch_pdl) must wait for that one, in each partition, before it touches global memory, and in each program
-before it ends.
+Programs run one after the other, in an order that the seed picks. Inside one, every partition of gl.warp_specialize is
+a thread, exactly one of them runs at a time, and a generator with the seed picks who is next at each operation on
+shared state: the same seed gives the same run. TMA copies are picked in the same way, so they land late and out of
+order; a product reads its operands at the wait that covers it; memory that nobody has written, or that a copy is
+writing, holds NaN. A kernel launched before the one ahead of it has ended (launch_pdl) must wait for that one, in each
+partition, before it touches global memory, and in each program before it ends. Emulator(older={address: tensor}) names
+memory that may be read before, and what is in it until then.
 
 What must be ordered is checked as an order, not as what happened to come first in this run. Each partition knows the
 set of accesses that are finished as far as it can tell: its own, those its waits cover, and those that others knew of
@@ -20,7 +20,7 @@ when they arrived at a barrier that it waited for. Two accesses to the same shar
 meet unless the later partition knows of the earlier access. So a release that comes before the wait for the product
 that reads the slot is found even if the product was done in time.
 
-Not modelled: layouts and registers (the compiler checks them), the time that anything takes.
+Not modelled: layouts and registers (the compiler checks them), clusters, the time that anything takes.
 """
 
 import builtins
@@ -295,13 +295,17 @@ class Descriptor:
     def view(self):
         return self.base.as_strided(self.shape, self.strides)
 
-    def read(self, coordinates) -> torch.Tensor:
-        """A block; 0 (or NaN) past the ends of the tensor, in every dimension."""
+    def read(self, coordinates, memory: torch.Tensor | None = None) -> torch.Tensor:
+        """A block, of other memory that lies like the tensor's own; 0 (or NaN) past the ends, in every dimension."""
         inside, outside = self.overlap(coordinates)
         block = torch.zeros(self.block_shape, dtype=self.base.dtype)
         if self.padding == "nan":
             _poison(block)
-        block[inside] = self.view()[outside]
+        view = self.view()
+        if memory is not None:
+            same = torch.empty(0, dtype=self.base.dtype).set_(memory.untyped_storage())
+            view = same.as_strided(self.shape, self.strides, self.base.storage_offset())
+        block[inside] = view[outside]
         return block
 
     def write(self, coordinates, block):
@@ -543,7 +547,6 @@ class Partition:
         self.products = collections.deque()  # in flight, oldest first
         self.stores = collections.deque()
         self.ready, self.awaited, self.finished, self.result = None, None, False, None
-        self.is_here = self.met_others = self.may_read = False  # in its cluster; its window
         self.weight = program.random.choice((0.1, 1.0, 10.0))
         self.turn = threading.Lock()
         self.turn.acquire()
@@ -553,15 +556,15 @@ class Partition:
     def _run(self):
         self.turn.acquire()
         try:
-            self.program.cluster.check()
+            self.program.check()
             self.result = self.function(*self.args)
             self._end()
             self.finished = True
-            self.program.cluster.hand_over()
+            self.program.hand_over()
         except _Stopped:
             pass
         except BaseException as error:
-            self.program.cluster.fail(error)
+            self.program.fail(error)
 
     def _end(self):
         """What a partition started, it must have waited for: its registers and shared memory are gone afterwards."""
@@ -602,62 +605,36 @@ class Store:
         self.desc.write(self.coordinates, self.src.data)
 
 
-class Window:
-    """What the other programs of a cluster write to (common/cluster.py): pairs of float32, and the barrier behind."""
+class Program:
+    """One program of the grid."""
 
-    ADDRESS = 0x1800  # the same in each
-
-    def __init__(self, program, size):
-        self.pairs = torch.full((size // 8, 2), math.nan)
-        self.barrier, self.written = Barrier(program, "window"), torch.zeros(size // 8, dtype=torch.bool)
-
-    def slots(self, address: torch.Tensor) -> torch.Tensor:
-        """Which pairs lie at these addresses."""
-        at = address.long() - self.ADDRESS
-        if (at % 8).any() or ((at < 0) | (at >= 8 * len(self.pairs))).any():
-            raise ProtocolError(f"an address outside the window of {8 * len(self.pairs)} bytes, or between two pairs")
-        return at // 8
-
-
-class Message:
-    """Pairs on their way to another program's window: PTX st.async."""
-
-    def __init__(self, program, target, slots, pairs):
-        self.target, self.slots, self.pairs = target, slots, pairs
-        self.weight = program.random.choice(program.haste)
-
-    def fire(self):
-        window = self.target.window
-        if all(partition.finished for partition in self.target.partitions):
-            raise ProtocolError(f"program {self.target.index} has ended, and a part arrives in its window")
-        if window.written[self.slots].any() or len(self.slots.unique()) < len(self.slots):
-            raise ProtocolError("two parts go to the same place of a window")
-        window.written[self.slots], window.pairs[self.slots] = True, self.pairs
-        window.barrier.bytes(-8 * len(self.slots))
-
-
-class Cluster:
-    """Programs that run side by side, most often one: their threads, and who is next."""
-
-    def __init__(self, indices, grid, warps, seed, early=False):
-        self.random = random.Random(f"{seed} {indices[0]}")
-        self.partitions, self.flights, self.running, self.failure = [], [], None, None
+    def __init__(self, index, grid, warps, seed, early, older):
+        self.index, self.grid, self.warps, self.early, self.older = index, grid, warps, early, older
+        self.random = random.Random(f"{seed} {index}")
+        self.haste = self.random.choice(((0.02,), (0.02, 1.0), (0.1, 1.0, 10.0), (20.0,)))  # of the TMA unit
+        self.partitions, self.flights, self.barriers, self.loads = [], [], [], []
+        self.shared_bytes, self.running, self.failure = 0, None, None
         self.over = threading.Event()
-        self.programs = [Program(self, index, grid, warps, early) for index in indices]
 
     def run(self, function, args):
-        mains = [Partition(program, function, args, function.__name__, program.warps) for program in self.programs]
-        self.partitions += mains
-        for program, main in zip(self.programs, mains, strict=True):
-            program.partitions.append(main)
+        main = Partition(self, function, args, function.__name__, self.warps)
+        self.partitions.append(main)
         self.hand_over()
         self.over.wait()
         for partition in self.partitions:
             partition.thread.join()
         if self.failure:
             raise self.failure
-        for program in self.programs:
-            program.has_ended()
+        if not any(partition.alone for partition in self.partitions):
+            raise ProtocolError("the program may end before the kernel ahead of it: nobody waits for that")
+        for load in self.loads:
+            if load.write not in main.seen:
+                raise ProtocolError(f"the program may end before {load.write} has landed: nobody waits for it")
+        for barrier in self.barriers:
+            if barrier.missing != barrier.count or barrier.tx:
+                raise ProtocolError(f"the program ends in the middle of a phase of {barrier}")
+
+    # ---- the scheduler
 
     def pause(self, ready=None, awaited=None):
         """Let the seed say who goes on; back when `ready`, and it is this partition's turn."""
@@ -669,7 +646,7 @@ class Cluster:
         me.ready = me.awaited = None
 
     def hand_over(self):
-        """Give the turn to a partition that can go on, after as many copies as chance wants."""
+        """Give the turn to a partition that can go on, after as many TMA copies as chance wants."""
         while True:
             runnable = [p for p in self.partitions if not p.finished and (p.ready is None or p.ready())]
             if not runnable and not self.flights:
@@ -705,41 +682,17 @@ class Cluster:
                 partition.turn.release()
         self.over.set()
 
-    def is_here(self):
-        """PTX barrier.cluster: whether all threads of all programs have arrived, which no two partitions share."""
-        return all(program.warps_here == sum(program.in_partitions) for program in self.programs)
-
-
-class Program:
-    """One program of the grid, in a cluster of one or more."""
-
-    def __init__(self, cluster, index, grid, warps, early):
-        self.cluster, self.index, self.grid, self.warps, self.early = cluster, index, grid, warps, early
-        self.haste = self.random.choice(((0.02,), (0.02, 1.0), (0.1, 1.0, 10.0), (20.0,)))  # of the TMA unit
-        self.partitions, self.barriers, self.loads = [], [], []
-        self.shared_bytes, self.window, self.warps_here, self.in_partitions = 0, None, 0, (warps,)
-
-    random = property(lambda self: self.cluster.random)
-    running = property(lambda self: self.cluster.running)
-    pause = property(lambda self: self.cluster.pause)
-
-    def has_ended(self):
-        """Whatever the program started has come to an end before it."""
-        if not any(partition.alone for partition in self.partitions):
-            raise ProtocolError("the program may end before the kernel ahead of it: nobody waits for that")
-        for load in self.loads:
-            if load.write not in self.partitions[0].seen:
-                raise ProtocolError(f"the program may end before {load.write} has landed: nobody waits for it")
-        for barrier in self.barriers:
-            if barrier.missing != barrier.count or barrier.tx:
-                raise ProtocolError(f"the program ends in the middle of a phase of {barrier}")
-
     # ---- what kernels call
 
-    def touch_memory(self):
-        """PTX griddepcontrol.wait: only after it is what earlier kernels write complete, and what they read free."""
-        if self.running is not None and not self.running.alone:
+    def touch_memory(self, base: torch.Tensor | None = None) -> torch.Tensor | None:
+        """PTX griddepcontrol.wait: only after it is what earlier kernels write complete, and what they read free. What
+        is in `base`, which is read, where that is older.
+        """
+        if self.running is None or self.running.alone:
+            return None
+        if base is None or base.data_ptr() not in self.older:
             raise ProtocolError("touches memory that the kernel ahead of this one may still be using")
+        return self.older[base.data_ptr()]
 
     def allocate_shared_memory(self, dtype, shape, layout, value=None):
         name = _name()
@@ -764,9 +717,7 @@ class Program:
             Partition(self, function, args, f"{function.__name__} {i}", n, me.seen)
             for i, ((function, args), n) in enumerate(zip(functions_and_args, warps, strict=True))
         ]
-        self.in_partitions = (self.warps, -(-sum(worker_num_warps) // 4) * 4)  # Triton fills up the last four
         self.partitions += parts
-        self.cluster.partitions += parts
         self.pause(lambda: all(part.finished for part in parts), "its partitions")
         for part in parts:
             me.seen |= part.seen
@@ -798,14 +749,14 @@ class Program:
 
     def tma_load(self, desc, coordinates, barrier, dst, pred=True, **_):
         self.pause()
-        self.touch_memory()
+        memory = self.touch_memory(desc.base)
         if pred:
             barrier.usable()
             if dst.shape != desc.block_shape or dst.dtype != desc.dtype or not _is_box(dst.data):
                 raise ProtocolError(f"a block {desc.block_shape} {desc.dtype} loaded to {dst.shape} {dst.dtype}")
-            load = Load(self, desc.read(coordinates), barrier, dst)
+            load = Load(self, desc.read(coordinates, memory), barrier, dst)
             self.loads.append(load)
-            self.cluster.flights.append(load)
+            self.flights.append(load)
 
     def tma_store(self, desc, coordinates, src, **_):
         self.pause()
@@ -814,7 +765,7 @@ class Program:
             raise TypeError(f"{src.shape} {src.dtype} stored as a block {desc.block_shape} {desc.dtype}")
         store = Store(self, desc, list(coordinates), src)
         self.running.stores.append(store)
-        self.cluster.flights.append(store)
+        self.flights.append(store)
 
     def store_wait(self, pendings, read_only=True):
         """PTX cp.async.bulk.wait_group.read: all but the latest `pendings` stores of this partition have read."""
@@ -822,7 +773,7 @@ class Program:
         me = self.running
         while len(me.stores) > pendings:
             store = me.stores.popleft()
-            self.cluster.land(store)
+            self.land(store)
             me.seen.add(store.read)
 
     def warpgroup_mma(self, a, b, acc, *, use_acc=True, is_async=False, **_):
@@ -848,68 +799,6 @@ class Program:
             me.seen.update(product.reads)
         values = [Value(None, dep.product) if isinstance(dep, Accumulator) else dep for dep in deps]
         return values[0] if len(values) == 1 else tuple(values)
-
-    # ---- clusters: what common/cluster.py says in PTX
-
-    def open_window(self, asm):
-        form = (
-            r"window\[(\d+)\];.*mbarrier\.init\S* \[window \+ (\d+)\], (\d+);"
-            r".*expect_tx\S* state, \[window \+ \2\], (\d+);.*fence\.mbarrier_init\.release\.cluster;"
-        )
-        if (found := re.search(form, asm, re.DOTALL)) is None:
-            raise ProtocolError("a window whose barrier nobody prepares, or publishes")
-        whole, size, count, expected = map(int, found.groups())
-        if size + 8 > whole or whole % 1024:
-            raise ProtocolError(f"a window of {whole} bytes has no barrier, or moves what TMA swizzles by its address")
-        self.window = Window(self, size)
-        self.shared_bytes += whole
-        self.window.barrier.init(count)
-        self.expect(self.window.barrier, expected)
-        return Int(Window.ADDRESS)
-
-    def arrive_in_cluster(self):
-        self.pause()
-        me = self.running
-        if me.is_here or me is self.partitions[0] and len(self.partitions) > 1:
-            raise ProtocolError(f"{me.name} arrives at its cluster's barrier twice")
-        me.is_here = True
-        self.warps_here += me.warps
-
-    def wait_for_cluster(self):
-        if not self.running.is_here:
-            raise ProtocolError(f"{self.running.name} waits at its cluster's barrier and has not arrived there")
-        self.pause(self.cluster.is_here, "its cluster")
-        self.running.met_others = True
-
-    def send(self, to, at, bar, sent, *pair):
-        """PTX st.async: each thread's pair to the window of program `to` of the cluster."""
-        self.pause()
-        if not self.running.met_others:
-            raise ProtocolError("sends to programs that may not have begun: nobody waits for the cluster")
-        all_of_them = torch.broadcast_tensors(*map(torch.as_tensor, (to, at, bar, sent, *pair)))
-        to, at, bar, sent, *pair = (x.flatten() for x in all_of_them)
-        for rank, target in enumerate(self.cluster.programs):
-            mine = (to == rank) & (sent != 0)
-            if mine.any():
-                if (bar[mine] != Window.ADDRESS + 8 * len(target.window.pairs)).any():
-                    raise ProtocolError("a part announces itself where there is no barrier")
-                slots = target.window.slots(at[mine])
-                pairs = torch.stack([x[mine] for x in pair], -1)
-                self.cluster.flights.append(Message(self, target, slots, pairs))
-        if ((to < 0) | (to >= len(self.cluster.programs)))[sent != 0].any():
-            raise ProtocolError("sends to a program that the cluster does not have")
-
-    def wait_for_window(self, address):
-        if address != Window.ADDRESS + 8 * len(self.window.pairs):
-            raise ProtocolError("waits where there is no barrier")
-        self.wait(self.window.barrier, 0)
-        self.running.may_read = True
-
-    def read_window(self, address):
-        if not self.running.may_read:
-            raise ProtocolError("reads its window before the parts are there: nobody waits for them")
-        found = self.window.pairs[self.window.slots(address)]
-        return found[..., 0], found[..., 1]
 
 
 # ---- the language
@@ -1110,14 +999,12 @@ class Kernel:
         bound = self.signature.bind(*args, **{n: x for n, x in options.items() if n in self.signature.parameters})
         bound.apply_defaults()
         grid = tuple(grid(bound.arguments) if callable(grid) else grid) + (1,) * (3 - len(grid))
-        size = bound.arguments.get("CLUSTER", 1)
         values = [x if n in self.constexprs else _argument(x) for n, x in bound.arguments.items()]
         self.emulator.launches.append((self.__name__, grid))
-        clusters = list(itertools.product(*map(range, reversed(grid))))
-        random.Random(f"{self.emulator.seed} order").shuffle(clusters)
-        for *rest, first in clusters:
-            indices = [(first * size + rank, *rest[::-1]) for rank in range(size)]
-            self.emulator.run(self.fn, values, indices, (grid[0] * size, *grid[1:]), num_warps, launch_pdl)
+        programs = list(itertools.product(*map(range, reversed(grid))))
+        random.Random(f"{self.emulator.seed} order").shuffle(programs)
+        for index in programs:
+            self.emulator.run_program(self.fn, values, index[::-1], grid, num_warps, launch_pdl)
 
     def is_gluon(self):
         return True
@@ -1143,9 +1030,9 @@ class Emulator:
     launches: (kernel name, grid) of everything that ran.
     """
 
-    def __init__(self, seed: int = 0, edit=lambda path, source: source):
-        self.seed, self.edit = seed, edit
-        self.launches, self.cluster, self._loaded = [], None, {}
+    def __init__(self, seed: int = 0, edit=lambda path, source: source, older: dict[int, torch.Tensor] | None = None):
+        self.seed, self.edit, self.older = seed, edit, older or {}
+        self.launches, self.program, self._loaded = [], None, {}
         gl = _language()
         gl.program_id = lambda axis: Int(self.program.index[axis])
         gl.num_programs = lambda axis: Int(self.program.grid[axis])
@@ -1153,7 +1040,7 @@ class Emulator:
         gl.num_warps = lambda: self.program.running.warps
         gl.inline_asm_elementwise = self._inline_asm
         for name in ("load", "store", "atomic_add"):
-            setattr(gl, name, self._of_memory(getattr(gl, name)))
+            setattr(gl, name, self._of_memory(getattr(gl, name), reads=name == "load"))
         gl.allocate_shared_memory = self._of_program("allocate_shared_memory")
         gl.warp_specialize = self._of_program("warp_specialize")
         names = types.SimpleNamespace
@@ -1180,18 +1067,15 @@ class Emulator:
             "triton.experimental.gluon.nvidia.hopper": names(TensorDescriptor=Descriptor),
         }
 
-    @property
-    def program(self):
-        """The program that is running, None on the host."""
-        return self.cluster and self.cluster.running.program
-
     def _of_program(self, name):
         return lambda *args, **kwargs: getattr(self.program, name)(*args, **kwargs)
 
-    def _of_memory(self, function):
-        def checked(*args, **kwargs):
-            self.program.touch_memory()
-            return function(*args, **kwargs)
+    def _of_memory(self, function, reads):
+        def checked(pointer, *args, **kwargs):
+            memory = self.program.touch_memory(pointer.base if reads else None)
+            if memory is not None and memory.data_ptr() != pointer.base.data_ptr():
+                raise ProtocolError("loads what the kernel ahead of this one may still write")
+            return function(pointer, *args, **kwargs)
 
         return checked
 
@@ -1201,18 +1085,6 @@ class Emulator:
             self.program.running.alone = True
         elif asm.startswith("prefetch.global.L2 "):
             args[1][0].elements(None)  # addresses of the tensor's, and nothing is read
-        elif asm.startswith("barrier.cluster.arrive.relaxed;"):
-            self.program.arrive_in_cluster()
-        elif asm.startswith("barrier.cluster.wait.acquire;"):
-            self.program.wait_for_cluster()
-        elif ".b8 window[" in asm:
-            return self.program.open_window(asm)
-        elif "@sent st.async.weak.shared::cluster" in asm:
-            self.program.send(*map(_raw, args[1]))
-        elif "mbarrier.try_wait.parity.acquire.cluster" in asm:
-            self.program.wait_for_window(*args[1])
-        elif asm.startswith("ld.shared.v2.f32 "):
-            return tuple(map(Value, self.program.read_window(_raw(*args[1]))))
         elif not asm.startswith("griddepcontrol.launch_dependents;"):
             return _inline_asm(asm, *args, **kwargs)
 
@@ -1251,15 +1123,15 @@ class Emulator:
         """range, which in a kernel counts with the kernel's scalars."""
         return range(*args) if self.program is None else map(Int, range(*args))
 
-    def run(self, function, args, indices, grid, warps, early=False):
-        self.cluster = Cluster(indices, grid, warps, self.seed, early)
+    def run_program(self, function, args, index, grid, warps, early=False):
+        self.program = Program(index, grid, warps, self.seed, early, self.older)
         try:
-            self.cluster.run(function, args)
+            self.program.run(function, args)
         except ProtocolError as error:
-            error.args = (f"seed {self.seed}, program {', '.join(map(str, indices))}: {error}",)
+            error.args = (f"seed {self.seed}, program {index}: {error}",)
             raise
         finally:
-            self.cluster = None
+            self.program = None
 
 
 @functools.lru_cache(64)

@@ -27,9 +27,12 @@ from attention_checks import (
     table,
     vary,
 )  # fmt: skip
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 import decoding
 from common.hardware import KNOWN, pretend
+from common.hopper import let_next_kernel_start
 from common.lineage import versions_of
 from common.merge import merge
 from common.problem import FP8
@@ -268,10 +271,12 @@ def test_the_same_call_gives_the_same_bits(version, case, device):
 
 @needs_gpu
 @every_version
-def test_steps_in_a_row(version, device):
+@pytest.mark.parametrize("generation", [False, True], ids=["any-key", "the-newest-key"])
+def test_steps_in_a_row(version, generation, device):
     """A kernel that is launched before the one ahead of it has ended, and reads or writes too early: each step's query
-    is the output of the step before, its newest key and value are written in between.
+    is the output of the step before, a key and its value are written in between; in generation that is the newest.
     """
+    told = {"fresh_keys": 1} if generation and "fresh_keys" in version.takes else {}
     q, k, v = Case(8, 8, 8, seqlen_k=2048, head_dim=64, layout="bshd").tensors("fp16", device)
     k, v = as_cache(version, k, v)
     skip_unless_served(version, q, k, v, scale=1.0)
@@ -279,9 +284,10 @@ def test_steps_in_a_row(version, device):
     def steps(after=lambda: None):
         keys, values, x, outs = k.clone(), v.clone(), q, []
         for n in range(24):
-            keys[:, :, n : n + 1].copy_(x)  # the query's own: it weighs most by far
-            values[:, :, n : n + 1].copy_(x.flip(3))
-            x = version.call(x, keys, values, scale=1.0)
+            at = slice(2047, 2048) if generation else slice(n, n + 1)
+            keys[:, :, at].copy_(x)  # the query's own: it weighs most by far
+            values[:, :, at].copy_(x.flip(3))
+            x = version.call(x, keys, values, scale=1.0, **told)
             after()
             outs.append(x)
         return torch.stack(outs)
@@ -297,6 +303,53 @@ def test_steps_in_a_row(version, device):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(together, apart)
+
+
+@gluon.jit
+def append_late(K, V, new_k, new_v, stride, D: gl.constexpr):
+    """Lets the next kernel start, and writes the last key of each head 50 us later."""
+    let_next_kernel_start()
+    began, now = clock(), clock()
+    while now < began + 50_000:
+        now = clock()
+    at = gl.arange(0, D, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    gl.store(K + gl.program_id(0) * stride + at, gl.load(new_k + gl.program_id(0) * D + at))
+    gl.store(V + gl.program_id(0) * stride + at, gl.load(new_v + gl.program_id(0) * D + at))
+
+
+@gluon.jit
+def clock():
+    return gl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], gl.int64, is_pure=False, pack=1)
+
+
+@needs_gpu
+@every_version
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("seqlen_k", [128, 129, 2000])
+def test_fresh_keys(version, seqlen_k, head_dim, device):
+    """They are waited for, and no other key is: a call that is told of none takes the last one as it was, NaN."""
+    if "fresh_keys" not in version.takes:
+        pytest.skip("waits for all keys")
+    case = Case(1, 16, 4, seqlen_k=seqlen_k, head_dim=head_dim, layout="bhsd")
+    q, k, v = case.tensors("fp16", device)
+    wanted = q, *(x.half() for x in as_cache(version, k, v))
+    k, v = as_cache(version, k, v)
+    new = [x[:, :, -1].clone() for x in (k, v)]
+
+    def step(fresh_keys):
+        for x in (k, v):
+            x.view(torch.uint8)[:, :, -1] = 0x7F  # NaN in float8 and in float16
+        torch.cuda.synchronize()
+        heads = [x.view(torch.uint8)[0, :, -1] for x in (k, v)], [x.view(torch.uint8)[0] for x in new]
+        width = heads[0][0].shape[-1]
+        append_late[(4,)](*heads[0], *heads[1], heads[0][0].stride(0), D=width)
+        return version.call(q, k, v, fresh_keys=fresh_keys)
+
+    step(1)  # compiles
+    assert_close(step(1), *wanted, "fp16")
+    assert_close(step(None), *wanted, "fp16")
+    assert_close(step(seqlen_k + 7), *wanted, "fp16")
+    assert step(0).isnan().any()
 
 
 @needs_gpu
@@ -408,27 +461,29 @@ def test_128k_keys(version, device):
 
 
 PLAIN = Case(2, 4, 2, seqlen_k=48, head_dim=64)
-CHOSEN = {  # for a case and further arguments on an H200: what is chosen of v1 to v9
-    "plain": (PLAIN, {}, "v8"),
-    "bf16": (PLAIN, {"dtype": "bf16"}, "v8"),
-    "16-queries": (vary(PLAIN, seqlen_q=16), {"return_lse": True}, "v8"),
-    "D8": (vary(PLAIN, head_dim=8), {}, "v8"),
-    "ragged": (PLAIN, {"seqlens_k": [2], "starts": [2], "window": (9, 0)}, "v8"),
+CHOSEN = {  # for a case and further arguments on an H200: what is chosen of v1 to v11
+    "plain": (PLAIN, {}, "v10"),
+    "bf16": (PLAIN, {"dtype": "bf16"}, "v10"),
+    "16-queries": (vary(PLAIN, seqlen_q=16), {"return_lse": True}, "v10"),
+    "D8": (vary(PLAIN, head_dim=8), {}, "v10"),
+    "ragged": (PLAIN, {"seqlens_k": [2], "starts": [2], "window": (9, 0)}, "v10"),
+    "fresh-keys": (PLAIN, {"fresh_keys": 1}, "v10"),
     "fp32": (PLAIN, {"dtype": "fp32"}, "v5"),
+    "fp32-fresh-keys": (PLAIN, {"dtype": "fp32", "fresh_keys": 1}, "v5"),
     "splits": (PLAIN, {"num_splits": 3}, "v5"),
     "deterministic": (PLAIN, {"deterministic": True}, "v5"),
     "D59": (vary(PLAIN, head_dim=59), {}, "v5"),
     "no-strides-for-TMA": (vary(PLAIN, layout="sliced"), {}, "v5"),
     "no-keys": (vary(PLAIN, seqlen_k=0), {}, "v5"),
-    "pages-of-16": (vary(PLAIN, seqlen_k=16), {"seqlens_k": [2], "block_table": [2, 4]}, "v8"),
+    "pages-of-16": (vary(PLAIN, seqlen_k=16), {"seqlens_k": [2], "block_table": [2, 4]}, "v10"),
     "pages-of-4": (vary(PLAIN, seqlen_k=4), {"seqlens_k": [2], "block_table": [2, 4]}, "v5"),
     "new-keys": (PLAIN, {"k_new": (2, 2, 1, 64), "v_new": (2, 2, 1, 64)}, "v5"),
     "many-lengths": (vary(PLAIN, batch=5000, seqlen_k=1), {"seqlens_k": [5000]}, "v5"),
-    "float8": (PLAIN, {"cache": "e4m3"}, "v9"),
-    "float8-bf16": (PLAIN, {"cache": "e5m2", "dtype": "bf16"}, "v9"),
-    "float8-heads": (PLAIN, {"cache": "e4m3", "descale_k": (2, 2), "descale_v": (2, 2)}, "v9"),
-    "float8-pages": (vary(PLAIN, seqlen_k=8), {"cache": "e4m3", "block_table": [2, 4], "descale_k": (2, 2)}, "v9"),
-    "float8-ragged": (vary(PLAIN, seqlen_q=4), {"cache": "e4m3", "seqlens_k": [2], "starts": [2]}, "v9"),
+    "float8": (PLAIN, {"cache": "e4m3"}, "v11"),
+    "float8-bf16": (PLAIN, {"cache": "e5m2", "dtype": "bf16"}, "v11"),
+    "float8-heads": (PLAIN, {"cache": "e4m3", "descale_k": (2, 2), "descale_v": (2, 2)}, "v11"),
+    "float8-pages": (vary(PLAIN, seqlen_k=8), {"cache": "e4m3", "block_table": [2, 4], "descale_k": (2, 2)}, "v11"),
+    "float8-ragged": (vary(PLAIN, seqlen_q=4), {"cache": "e4m3", "seqlens_k": [2], "starts": [2]}, "v11"),
     "float8-blocks": (PLAIN, {"cache": "e4m3", "descale_k": (2, 2, 3), "descale_v": (2, 2, 3)}, "v5"),
     "float8-D8": (vary(PLAIN, head_dim=8), {"cache": "e4m3"}, "v5"),
     "float8-strides": (vary(PLAIN, layout="sliced"), {"cache": "e4m3"}, "v5"),
@@ -440,7 +495,7 @@ CHOSEN = {  # for a case and further arguments on an H200: what is chosen of v1 
 @table("case, arguments, chosen", CHOSEN)
 def test_the_newest_that_serves_the_call(case, arguments, chosen, monkeypatch):
     """The newest for what it serves; what it declines, a version before it gets."""
-    upto = [version for version in versions_of("decoding") if version.number <= 9]
+    upto = [version for version in versions_of("decoding") if version.number <= 11]
     named = tuple(dataclasses.replace(v, call=lambda *args, name=v.name, **kwargs: name) for v in upto)
     monkeypatch.setattr(decoding, "versions_of", lambda family: named)
     arguments = dict(arguments)

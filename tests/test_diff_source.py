@@ -104,8 +104,6 @@ EXCEPTIONS = {
     ("decoding", "v4"): "four features that caches need together; what later versions share moves to common",
     ("decoding", "v6"): "a new start: the kernel is written in Gluon",
     ("decoding", "v7"): "pages are named in each call between the entry and the producer, and have a ring of their own",
-    ("decoding", "v10"): "a program has keys of one head: what dealt pieces of all of them goes",
-    ("decoding", "v11"): "v10's clusters, as from v8 to v10",
     ("decoding", "v9"): "FP8 alone: pairs and factors wherever q, k and v go, and a second group that computes",
 }
 

@@ -427,12 +427,3 @@ def test_a_plan_keeps_nothing_of_the_callers(monkeypatch, tma):
     gone = [weakref.ref(x) for x in tensors.values()]
     tensors.clear()
     assert all(x() is None for x in gone)
-
-
-def test_clusters(monkeypatch):
-    """The first launch, which Triton makes, and those after it: each is told how many programs a cluster has."""
-    fake = Fake(monkeypatch)
-    for _ in range(3):
-        fake.launch(torch.empty(16), CLUSTER=8)
-    assert [(4, 8, 512) in args for args in fake.seen] == [True] * 3
-    assert fake.compilations == 2  # the compiler's, which launches nothing, and the first launch

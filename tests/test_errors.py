@@ -243,6 +243,17 @@ def test_caches_refuse(wrong, error, message, device, launches):
     assert not launches
 
 
+@pytest.mark.parametrize("fresh_keys", [-1, True, 2**31, 1.0])
+def test_fresh_keys_that_are_no_count(fresh_keys, launches):
+    """Also where the version that is chosen waits for all keys."""
+    for gpu, version in (("sm_90", "v10"), ("sm_80", "v10")):
+        with pretend(KNOWN[gpu]):
+            for call in (decoding.flash_decoding, find_version("decoding", version).call):
+                with pytest.raises(ValueError, match=f"fresh_keys: must be a count of keys, .* it is {fresh_keys}"):
+                    call(**add(fresh_keys=fresh_keys)(arguments_of(DECODING, "meta")))
+    assert not launches
+
+
 GOOD_TABLES = {
     "unused": pages([0, -1], [1, 99], seqlens_k=ints(4, 0), check_table=True),
     "before-window": pages([7, 0], [-1, 1], seqlens_k=ints(8, 6), window=(1, 0), check_table=True),
@@ -410,7 +421,7 @@ NOT_FOR_HOPPER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["v6", "v7", "v8"])
+@pytest.mark.parametrize("name", ["v6", "v7", "v8", "v10"])
 @table("wrong, message", NOT_FOR_HOPPER)
 def test_a_version_for_hopper_refuses(wrong, message, name, launches):
     """Called itself, it says which argument it does not take, and who does; the entry point takes another version."""
@@ -445,10 +456,11 @@ NOT_IN_PAIRS = {  # of a call with float8 caches, or with others
 }
 
 
+@pytest.mark.parametrize("name", ["v9", "v11"])
 @table("wrong, message", NOT_IN_PAIRS)
-def test_a_version_for_float8_caches_alone_refuses(wrong, message, launches):
+def test_a_version_for_float8_caches_alone_refuses(wrong, message, name, launches):
     """The like: one that takes 16 bits gets what this one does not."""
-    arguments, version = wrong(as_float8(arguments_of(DECODING, "meta"))), find_version("decoding", "v9")
+    arguments, version = wrong(as_float8(arguments_of(DECODING, "meta"))), find_version("decoding", name)
     with pretend(KNOWN["sm_90"]):
         with pytest.raises(ValueError, match=f"^this version {message}.*; decoding.flash_decoding takes the newest"):
             version.call(**arguments)

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from attention_checks import FP8_LIMIT, Case, assert_close, guarded_memory, skip_unless_served
-from gluon_emulator import Cluster, Descriptor, Emulator, Int, ProtocolError
+from gluon_emulator import Descriptor, Emulator, Int, Program, ProtocolError
 from gluon_mutants import HOPPER, mutants
 
 import common.persistent
@@ -256,14 +256,14 @@ def test_scalars_divide_as_in_c():
 
 def test_a_seed_is_a_schedule():
     """A failure can be run again: the seed decides all that chance decides."""
-    version, pick, picks = next(iter(VERSIONS.values())), Cluster.pick, []
+    version, pick, picks = next(iter(VERSIONS.values())), Program.pick, []
 
-    def note(cluster, choices):
-        chosen = pick(cluster, choices)
+    def note(program, choices):
+        chosen = pick(program, choices)
         picks[-1].append((len(choices), type(chosen).__name__, getattr(chosen, "name", None)))
         return chosen
 
-    with mock.patch.object(Cluster, "pick", note):
+    with mock.patch.object(Program, "pick", note):
         for seed in (5, 5, 6):
             picks.append([])
             run(version, "causal-mqa", dtypes_of(version)[0], seed)

@@ -254,10 +254,11 @@ def compiled_step(name, page, dtype, head_dim, rows, mask):
         options["block_table"] = torch.empty(2, 65536 // page, dtype=torch.int32, device="meta")
     if dtype in FP8 and mask == "all":
         options |= {name: torch.empty(2, heads_kv, device="meta") for name in ("descale_k", "descale_v")}
+    told = {"fresh_keys": 1} if "fresh_keys" in version.takes else {}
     with pretend(gpu), recorded_launches(target_of(gpu)) as launches:
-        version.call(q, k, k, **options)
+        version.call(q, k, k, **options, **told)
         tiles = version.tiles(AttentionProblem.decoding(
-            q, k, k, most_queries=16, block_table=options.get("block_table"), fp8_caches=True
+            q, k, k, most_queries=16, block_table=options.get("block_table"), fp8_caches=True, **told
         ))  # fmt: skip
     [(kernel, constants, compiled)] = launches
     case = case_for(version, "sm_90", dtype=dtype, head_dim=head_dim)
@@ -269,7 +270,7 @@ def compiled_step(name, page, dtype, head_dim, rows, mask):
     [("v6", None, *cell) for cell in KEYS_AS_ROWS]
     + [("v7", None, *KEYS_AS_ROWS[0]), ("v7", None, *KEYS_AS_ROWS[5])]
     + [("v7", *cell) for cell in KEYS_IN_PAGES]
-    + [("v8", *cell) for cell in LAUNCHED_EARLY],
+    + [(name, *cell) for name in ("v8", "v10") for cell in LAUNCHED_EARLY],
 )
 def test_keys_are_rows(name, page, dtype, head_dim, rows, mask):
     """v6: both products take K and V from where TMA has put them, V transposed, with no more columns than rows need.
@@ -308,13 +309,16 @@ def pages_of_a_block(page, block_n: int) -> int:
     return 1 if page is None else max(1, block_n // page)
 
 
-@pytest.mark.parametrize("page, dtype, head_dim, rows, mask", PAIRS)
-def test_pairs_become_float16(page, dtype, head_dim, rows, mask):
+@pytest.mark.parametrize(
+    "name, page, dtype, head_dim, rows, mask",
+    [("v9", *cell) for cell in PAIRS] + [("v11", *PAIRS[i]) for i in (0, 2, 3, 5, 8, 10, 11, 13, 15)],
+)
+def test_pairs_become_float16(name, page, dtype, head_dim, rows, mask):
     """v9: a warp reads K as it lies and V transposed, 16 bits that are two columns, and what the left operands of both
     products have in registers is made of them by as many instructions as there must be: two for four numbers, and one
     that sorts them. Each of the two groups has a loop of its own.
     """
-    kernel, (columns, block_n, _, _), _ = compiled_step("v9", page, dtype, head_dim, rows, mask)
+    kernel, (columns, block_n, _, _), _ = compiled_step(name, page, dtype, head_dim, rows, mask)
     found, width, text = facts(kernel), kernel.constants["WIDTH"], kernel.stage("ttgir")
     assert width == (128 if head_dim == 64 and rows in ("1-row", "4-rows", "4-queries") else block_d_of(head_dim))
     assert found["shared"] <= found["shared_limit"] and found["spills"] <= most_spills("v9", columns), found
@@ -400,30 +404,21 @@ def test_nothing_is_touched_before_the_kernel_before_has_ended(name, page, dtype
         assert all(i.places[0].file.endswith("common/equal_pieces.py") for i in touched), touched
 
 
-IN_CLUSTERS = [
-    *[("v10", None, "fp16", d, rows, "plain") for d in (64, 128, 256) for rows in ("1-row", "4-rows", "4-queries")],
-    ("v10", 16, "bf16", 80, "4-queries", "window"), ("v10", None, "bf16", 128, "4-rows", "lse"),
-    *[("v11", None, "e4m3", d, rows, "plain") for d in (64, 128, 256) for rows in ("1-row", "4-queries")],
-    ("v11", 64, "e5m2", 80, "4-queries", "window"), ("v11", 16, "e4m3", 128, "4-rows", "plain"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name, page, dtype, head_dim, rows, mask", IN_CLUSTERS)
-def test_parts_meet_in_shared_memory(name, page, dtype, head_dim, rows, mask):
-    """v10: the threads that have a row's numbers send them; no part in global memory, and no ticket. All warps join the
-    cluster. The window moves nothing that is swizzled by its address, and there is room for it.
-    """
-    kernel, (columns, *_), early = compiled_step(name, page, dtype, head_dim, rows, mask)
-    found, code, constants = facts(kernel), kernel.code, kernel.constants
-    window = int(re.search(r"window\[(\d+)\]", kernel.stage("ptx"))[1])
-    assert window % 1024 == 0 and window >= constants["ROWS"] * constants["WIDTH"] * 8 + 8
-    assert found["spills"] == 0 and found["shared"] + window <= found["shared_limit"], found
-    opcodes = [i.opcode.split(".")[0] for i in code.instructions]
-    numbers = constants["WIDTH"] * columns // 128  # a thread's: of every second column none where there is but one row
-    assert opcodes.count("STAS") == numbers // (2 if constants["ROWS"] == 1 else 1) and "UCGABAR_WAIT" in opcodes
-    assert opcodes.count("UCGABAR_ARV") == (2 if name == "v10" else 3)  # a partition each, of four warps each
-    assert not {"ATOMG", "ATOM", "RED", "REDG"} & {*opcodes}
-    assert early and [i for i in reached_before(code, "ACQBULK") if i.kind.startswith("global")] == []
+@pytest.mark.parametrize(
+    "name, page, dtype, head_dim, rows, mask",
+    [("v10", *LAUNCHED_EARLY[i]) for i in (0, 2, 3, 5, 8)] + [("v11", *PAIRS[i]) for i in (2, 5, 8)],
+)
+def test_old_keys_are_loaded_before_the_kernel_before_has_ended(name, page, dtype, head_dim, rows, mask):
+    """v10: copies of K and V, and what says where they are; no queries, and nothing is written."""
+    kernel, _, early = compiled_step(name, page, dtype, head_dim, rows, mask)
+    before = reached_before(kernel.code, "ACQBULK")
+    assert early and any(i.opcode.startswith("UTMALDG") for i in before)
+    touched = [i for i in before if i.kind.startswith("global")]
+    assert all(i.kind == "global loads" or i.opcode.startswith("UTMALDG") for i in touched), touched
+    files = ["common/equal_pieces.py"] * (mask not in ("plain", "lse", "window")) + ["common/paged_ring.py"] * bool(page)
+    loads = [i for i in touched if not i.opcode.startswith("UTMALDG")]
+    assert all(i.places[0].file.endswith(tuple(files)) for i in loads), loads
+    assert not any(i.opcode.startswith("CCTL") for i in kernel.code.instructions)
 
 
 def test_v7_is_launched_when_the_kernel_before_has_ended():
