@@ -282,7 +282,7 @@ def tiles_for(problem: AttentionProblem) -> Tiles:
     if problem.fresh_keys is not None:
         heads = problem.heads_kv // heads_side_by_side(problem)
         blocks = blocks_of_a_piece(problem, heads, cdiv(rows_of_head, rows), block_n) * block_n * width / 16384
-        ring = 2 if blocks <= 6 else 4 if blocks <= 24 else 6
+        ring = 2 if blocks <= 6 else 6 if blocks > 24 and rows * width <= 2048 else 4  # more does not fit
     return tuned_tiles("decoding v11", problem) or Tiles(rows, block_n, 4, ring * 16384 // (block_n * width))
 
 
