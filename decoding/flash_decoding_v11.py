@@ -279,7 +279,7 @@ def tiles_for(problem: AttentionProblem) -> Tiles:
     rows_of_head, width = size_of_rows(problem)
     rows = min(MOST_ROWS[width], max(8, 1 << (rows_of_head - 1).bit_length()))
     block_n, ring = 16384 // width if rows <= 16 else 64, 4
-    if problem.fresh_keys is not None:
+    if problem.fresh_keys is not None and problem.seqlens_k is None:  # what a piece has is not known otherwise
         heads = problem.heads_kv // heads_side_by_side(problem)
         blocks = blocks_of_a_piece(problem, heads, cdiv(rows_of_head, rows), block_n) * block_n * width / 16384
         ring = 2 if blocks <= 6 else 6 if blocks > 24 and rows * width <= 2048 else 4  # more does not fit
