@@ -327,7 +327,7 @@ def clock():
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("seqlen_k", [128, 129, 2000])
 def test_fresh_keys(version, seqlen_k, head_dim, device):
-    """They are waited for, and no other key is: a call that is told of none takes the last one as it was, NaN."""
+    """They are waited for: until then the newest key is NaN. (That others are not, tests/test_gluon_decoding.py sees.)"""
     if "fresh_keys" not in version.takes:
         pytest.skip("waits for all keys")
     case = Case(1, 16, 4, seqlen_k=seqlen_k, head_dim=head_dim, layout="bhsd")
@@ -349,7 +349,6 @@ def test_fresh_keys(version, seqlen_k, head_dim, device):
     assert_close(step(1), *wanted, "fp16")
     assert_close(step(None), *wanted, "fp16")
     assert_close(step(seqlen_k + 7), *wanted, "fp16")
-    assert step(0).isnan().any()
 
 
 @needs_gpu
