@@ -327,7 +327,7 @@ def clock():
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("seqlen_k", [128, 129, 2000])
 def test_fresh_keys(version, seqlen_k, head_dim, device):
-    """They are waited for: until then the newest key is NaN. (That others are not, tests/test_gluon_decoding.py sees.)"""
+    """They are waited for: until then the newest is NaN. (That no other key is, tests/test_gluon_decoding.py sees.)"""
     if "fresh_keys" not in version.takes:
         pytest.skip("waits for all keys")
     case = Case(1, 16, 4, seqlen_k=seqlen_k, head_dim=head_dim, layout="bhsd")
