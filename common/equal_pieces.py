@@ -156,10 +156,9 @@ def blocks_of_a_piece(problem: AttentionProblem, heads: int, row_blocks: int, bl
 
 
 def programs_on(device: torch.device) -> int:
-    """Programs for a whole GPU: one an SM, and as many on each of the eight GPCs of a Hopper GPU.
+    """Programs for a whole GPU: one an SM, a multiple of 8, which heads share evenly.
 
-    128 are 1 to 9 % faster than 132 on an H200, which has 16 SMs on six GPCs and 18 on two: the SMs of a fuller one
-    would read more slowly and end last (a surmise; docs/decoding.md has what was measured).
+    On an H200 128 are 1 to 9 % faster than 132 (docs/decoding.md has what was measured).
     """
     return max(1, detect_gpu(device).sm_count // 8 * 8)
 
