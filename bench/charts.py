@@ -38,6 +38,7 @@ from bench.book import sweeps as sweeps_of
 from bench.cases import FP8, short
 from bench.results import Record, load, load_envs
 from bench.tables import geomean, times
+from common.lineage import versions_of
 
 # In order, cold to warm to dark. Neighbours are at least 25 CIELAB units apart for normal, deuteranope and protanope
 # eyes (Machado's matrices), each has a contrast of 3.3 or more on white, and markers and labels say the same once more.
@@ -181,7 +182,9 @@ def _software(book: Book, envs: dict) -> str:
     known = [envs[run] for run in sorted({record["run_id"] for record in book.records}) if run in envs]
     names = ("torch", "triton", "driver")
     found = {name: ", ".join(dict.fromkeys(str(env[name]) for env in known if env.get(name))) for name in names}
-    return "; ".join(["Recorded", *(f"{name} {what}" for name, what in found.items() if what)]) + "."
+    told = [v.name for v in versions_of(book.family) if v.name in book.versions and "fresh_keys" in v.takes]
+    note = f" {' and '.join(told)}: with fresh_keys, which no library takes (docs/method.md)." if told else ""
+    return "; ".join(["Recorded", *(f"{name} {what}" for name, what in found.items() if what)]) + "." + note
 
 
 def spread_out(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
@@ -748,9 +751,10 @@ def _ragged_panel(book: Book, axes, cell: Cell, records: list[Record]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(book.unit)
-    pages = f", pages of {cell.page_size}" if cell.page_size else ""
+    more = f", {cell.seqlen_q} queries each" if cell.seqlen_q > 1 else ""
+    more += f", pages of {cell.page_size}" if cell.page_size else ""
     what = f"{cell.batch} sequences of {short(min(lengths))} to {short(max(lengths))} keys, {sum(lengths):,} in all, "
-    title = f"{cell.dtype}: {what}{cell.heads} heads, D={cell.head_dim}{pages}"
+    title = f"{cell.dtype}: {what}{cell.heads} heads, D={cell.head_dim}{more}"
     axes.set_title(title, loc="left", color="#333333", pad=16)
 
 
@@ -787,7 +791,8 @@ def _against_figure(
     if not cells:
         return None
     names = [name for name in names if any(name in found[cell] for cell in cells)]
-    columns = [Column(2.6, 5.0, 1.1)]
+    labels = [cell.label(book.family) for cell in cells]
+    columns = [Column(max(2.6, 0.15 + 0.068 * max(map(len, labels))), 5.0, 1.1)]
     notes = [*notes, _software(book, envs)]
     height = 0.46 * len(cells) + 0.2
     figure, ((axes,),) = _panels(title, notes, columns, [height])
@@ -817,7 +822,7 @@ def _against_figure(
     shown = [axes.plot([], [], label=_label(name, book.is_stale(name)), **looks[name])[0] for name in names]
     axes.legend(handles=shown, loc="lower left", bbox_to_anchor=(-0.02, 1 + 0.16 / height), ncols=10, frameon=False,
                 fontsize=LABEL_SIZE, handletextpad=0.1, columnspacing=1.2)  # fmt: skip
-    axes.set_yticks(range(len(cells)), [cell.label(book.family) for cell in cells])
+    axes.set_yticks(range(len(cells)), labels)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(cells) - 0.4, -0.6)
     axes.set_xlabel(what)
