@@ -270,7 +270,8 @@ def compiled_step(name, page, dtype, head_dim, rows, mask):
     [("v6", None, *cell) for cell in KEYS_AS_ROWS]
     + [("v7", None, *KEYS_AS_ROWS[0]), ("v7", None, *KEYS_AS_ROWS[5])]
     + [("v7", *cell) for cell in KEYS_IN_PAGES]
-    + [(name, *cell) for name in ("v8", "v10") for cell in LAUNCHED_EARLY],
+    + [("v8", *cell) for cell in LAUNCHED_EARLY]
+    + [("v10", *LAUNCHED_EARLY[i]) for i in (0, 3, 5, 8)],
 )
 def test_keys_are_rows(name, page, dtype, head_dim, rows, mask):
     """v6: both products take K and V from where TMA has put them, V transposed, with no more columns than rows need.
@@ -311,7 +312,7 @@ def pages_of_a_block(page, block_n: int) -> int:
 
 @pytest.mark.parametrize(
     "name, page, dtype, head_dim, rows, mask",
-    [("v9", *cell) for cell in PAIRS] + [("v11", *PAIRS[i]) for i in (0, 2, 3, 5, 8, 10, 11, 13, 15)],
+    [("v9", *cell) for cell in PAIRS] + [("v11", *PAIRS[i]) for i in (2, 3, 8, 13)],
 )
 def test_pairs_become_float16(name, page, dtype, head_dim, rows, mask):
     """v9: a warp reads K as it lies and V transposed, 16 bits that are two columns, and what the left operands of both
