@@ -8,7 +8,6 @@ of an item is a part; only the first and the last part of a piece can be less th
 `keys` below is (seqlen_k, seqlens_k, starts, window_left, seqlen_q): pointers or None, None for no window.
 """
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -146,21 +145,16 @@ def sharers(begin, end, total):
 
 
 def pieces_for(problem: AttentionProblem) -> int:
-    """Programs to deal a problem's keys to."""
-    return programs_on(problem.q.device)
+    """Programs to deal to: one an SM, a multiple of 8, which heads share evenly.
+
+    On an H200 128 are 1 to 9 % faster than 132 (docs/decoding.md has what was measured).
+    """
+    return max(1, detect_gpu(problem.q.device).sm_count // 8 * 8)
 
 
 def blocks_of_a_piece(problem: AttentionProblem, heads: int, row_blocks: int, block_n: int) -> float:
     """In the mean, of KV heads (or groups of them) that have so many tiles of rows each, the lengths at their most."""
     return problem.batch * heads * row_blocks * -(-problem.seqlen_k // block_n) / pieces_for(problem)
-
-
-def programs_on(device: torch.device) -> int:
-    """Programs for a whole GPU: one an SM, a multiple of 8, which heads share evenly.
-
-    On an H200 128 are 1 to 9 % faster than 132 (docs/decoding.md has what was measured).
-    """
-    return max(1, detect_gpu(device).sm_count // 8 * 8)
 
 
 def lengths_for(problem: AttentionProblem) -> int:

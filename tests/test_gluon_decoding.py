@@ -86,6 +86,7 @@ STEPS = {
     "window-lengths": Step(Case(3, 2, 1, 4, 400, 128, lengths_k=(400, 131, 2)), window=(128, 0)),
     "everything": Step(Case(3, 6, 2, 5, 400, 64, lengths_k=(400, 290, 3)), starts=(380, 20, 1), window=(150, 0)),
     "negative-scale": Step(Case(1, 2, 2, 1, 200, 64, scale=-0.7)),
+    "whole-blocks": Step(Case(1, 2, 1, 1, 256, 64)),
     "pages-of-8": Step(Case(2, 4, 4, 1, 200, 80, lengths_k=(150, 0)), starts=(20, 0), page=8),
     "pages-of-16": Step(Case(3, 8, 2, 2, 304, 128, lengths_k=(304, 77, 16)), page=16),
     "pages-of-64": Step(Case(2, 2, 1, 1, 320, 64), window=(100, 0), page=64),
@@ -230,7 +231,7 @@ PIECES, PARTS, PAGES = (
 )
 MUTANT_RUNS = [
     ("ragged-D128", 0), ("everything", 2), ("lengths-with-0", 1), ("gqa-odd-D128", 2),
-    ("one-sequence-many-programs", 3), ("ragged-D128", 1),
+    ("one-sequence-many-programs", 3), ("ragged-D128", 1), ("whole-blocks", 1),
 ]  # fmt: skip
 _NEXT = "\n        mbarrier.init(empty.index(i), count=1)"
 REWRITES = {
@@ -246,6 +247,7 @@ REWRITES = {
     "pages: empty waits for two arrivals": (_NEXT, _NEXT.replace("1", "2")),
     "all pages in one place": (".slice(j * ROWS, ROWS, dim=2)", ".slice(0, ROWS, dim=2)"),
     "half the bytes of pages": ("nbytes * (BLOCK_N // ROWS)", "nbytes * (BLOCK_N // ROWS // 2)"),
+    "a fresh key that ends a block is not waited for": ("len_k - fresh_keys:", "len_k - fresh_keys + 1:"),
     "parts weigh the same": ("weight = gl.exp2(lses[j] - m_safe)", "weight = gl.exp2(lses[j] - lses[j])"),
 }
 # What a version could do without, and why it is there.

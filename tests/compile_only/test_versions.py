@@ -80,8 +80,7 @@ def test_default_tiles(cell):
     assert narrow_offsets(first.stage("ttir") or first.stage("ttgir"), dtype) == []  # Gluon begins with the latter
     if arch.startswith("sm") and head_dim == 128:  # were a loop unrolled by ptxas, this would be more
         written = first.stage("ptx").count("ex2.approx")  # a few of which nobody uses
-        used = sum(i.kind == "exponentials" for i in first.code.instructions)
-        assert min(0.97 * written, written - 2) <= used <= written
+        assert 0.97 * written <= sum(i.kind == "exponentials" for i in first.code.instructions) <= written
 
 
 @pytest.mark.parametrize(
