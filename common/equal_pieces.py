@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 
 from common.hardware import detect_gpu
 from common.hopper import why_no_tma
+from common.parts import barrier
 from common.problem import AttentionProblem
 
 LEAST_PAGE = 8  # keys: rows that TMA swizzles together
@@ -90,6 +91,7 @@ def piece(batch, items, keys, BLOCK_N: gl.constexpr, BATCH: gl.constexpr):
     if keys[1] is not None or keys[2] is not None:
         off_b = gl.sum(gl.where(ends <= start, 1, 0), 0)
         base = gl.max(gl.where(ends <= start, ends, 0), 0)
+        barrier()  # warp_specialize hands its arguments over where these sums are read from, and does not wait
     return start, end, total, off_b, base
 
 

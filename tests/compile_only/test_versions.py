@@ -421,6 +421,33 @@ def test_old_keys_are_loaded_before_the_kernel_before_has_ended(name, page, dtyp
     assert not any(i.opcode == "CCTL.E.PF2" for i in kernel.code.instructions)
 
 
+@pytest.mark.parametrize(
+    "name, page, dtype, head_dim, rows, mask",
+    [("v6", None, *KEYS_AS_ROWS[5]), ("v7", *KEYS_IN_PAGES[1])]
+    + [(name, *LAUNCHED_EARLY[2]) for name in ("v8", "v10")]
+    + [(name, *PAIRS[5]) for name in ("v9", "v11")],
+)
+def test_sums_are_read_before_arguments_lie_there(name, page, dtype, head_dim, rows, mask):
+    """Where a piece begins is summed up in the shared memory in which the loader then finds its arguments. A warp that
+    reads the sum when another has stored them already would go to a place that does not exist: Triton 3.6 lets it.
+    """
+    kernel, _, _ = compiled_step(name, page, dtype, head_dim, rows, mask)
+    read, stored, handed_over = [], [], False
+    for i in kernel.code.instructions:
+        if i.opcode.startswith("BAR.SYNC"):
+            everyone = re.search(r"BAR\.SYNC\S* (\S+?),? ", i.text + " ")[1] != "0x0"  # the loader's warps as well
+            if everyone and stored:
+                handed_over = True
+                assert read == []
+                break
+            read, stored = [], []
+        elif i.opcode.startswith("LDS"):
+            read.append(i)
+        elif i.opcode.startswith("STS"):
+            stored.append(i)
+    assert handed_over
+
+
 def test_v7_is_launched_when_the_kernel_before_has_ended():
     """What v8 changes is there in v8 alone."""
     kernel, _, early = compiled_step("v7", 16, "fp16", 128, "4-rows", "all")
