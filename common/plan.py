@@ -5,7 +5,9 @@ from collections.abc import Callable
 
 import torch
 
-from common.replay import NoRecipe, Recipe, on
+from common.replay import STREAM, NoRecipe, Recipe, on
+
+MOST = 1024  # tensors that a plan remembers, of each kind
 
 
 class Plan:
@@ -14,8 +16,9 @@ class Plan:
     Kinds: shape, strides, dtype, device, and the address as far as 16 divides it. Contents are not looked at. Launches
     go straight to the driver: Triton's launch hooks do not see them.
 
-    The launches are kept with the last call's tensors settled in them. A tensor that is the last call's, where it was,
-    takes no more than to see that; any other is checked and takes its place. Results and stream are each call's own.
+    Of a tensor that it has met the plan knows what it is to a launch: a step whose keys and values are those of an
+    earlier one, as those of each layer are, takes no more than to see that. Any other tensor is checked. Results and
+    stream are each call's own.
     """
 
     def __init__(self, function: Callable, tensors: dict[str, torch.Tensor], options: dict):
@@ -40,11 +43,17 @@ class Plan:
             for i, count in recipe.counts.items():  # not the stream's tickets
                 self._own[first + i] = torch.zeros(count, dtype=torch.int32, device=recipe.device)
         self._plain = recipe.single and recipe.results[0][1] is None  # what is returned is out itself
-        still_open = {self._out, *(i for i, _ in self._make_more)}
-        launches = [launch.only(still_open).settled(self._own) for launch in recipe.launches]
-        gone = weakref.ref(set())
-        self._last = [gone] * len(tensors), [0] * len(tensors), launches  # its tensors, their addresses
-        self._last_out = gone, 0
+        self._calls, self._arguments = [], []
+        self._places = {source: [] for source in range(first + len(made))}  # (launch, position, function of the tensor)
+        for n, launch in enumerate(recipe.launches):
+            arguments = launch.arguments.copy()
+            for position, source, argument in launch.places:
+                if source in self._own:
+                    arguments[position] = argument(self._own[source])
+                else:
+                    self._places[source].append((n, position, argument))
+            self._calls.append(launch.call), self._arguments.append(arguments)
+        self._met = [{} for _ in (*tensors, "out")]  # by id: reference, address, [(launch, position, argument)]
         if recipe.device.type == "cuda":
             torch.cuda.current_stream(recipe.device).synchronize()  # zeros for whichever stream comes
 
@@ -55,33 +64,32 @@ class Plan:
                 return self(q, k, v, out=out, **more)
         if ((more or self._more) and more.keys() != self._more.keys()) or (out is None and self._make_out is None):
             self._refuse(more, out)
-        before, addresses, launches = last = self._last  # once: another thread may be here too
-        others = {}  # than the last call's; a reference gives None when its tensor has gone
-        if before[0]() is not q or q is None or q.data_ptr() != addresses[0]:
-            others[0] = q
-        if before[1]() is not k or k is None or k.data_ptr() != addresses[1]:
-            others[1] = k
-        if before[2]() is not v or v is None or v.data_ptr() != addresses[2]:
-            others[2] = v
-        for name, i in self._more.items():
-            x = more[name]
-            if before[i]() is not x or x is None or x.data_ptr() != addresses[i]:
-                others[i] = x
-        if others:
-            launches = self._settled(last, others)
-        if out is None:
-            out = self._make_out()
-        else:
-            before, address = self._last_out
-            if before() is not out or out.data_ptr() != address:
-                self._last_out = self._checked(-1, out)
+        filled = [arguments.copy() for arguments in self._arguments]  # another thread may be here too
+        tensors = [q, k, v]
+        for name in self._more:
+            tensors.append(more[name])
+        if out is not None:
+            tensors.append(out)
+        for i, x in enumerate(tensors):
+            found = self._met[i].get(id(x))
+            if found is None or found[0]() is not x or found[1] != x.data_ptr():
+                found = self._meet(i, x)
+            for n, position, argument in found[2]:
+                filled[n][position] = argument
         results = {self._out: out}
+        if out is None:
+            results[self._out] = self._make_out()
         for i, make in self._make_more:
             results[i] = make()
+        for i, x in results.items():
+            if i != self._out or out is None:
+                for n, position, argument in self._places[i]:
+                    filled[n][position] = argument(x)
         stream = recipe.stream_of(recipe.index)
-        for launch in launches:
-            launch.run(results, stream)
-        return out if self._plain else recipe.result(results)
+        for call, arguments in zip(self._calls, filled, strict=True):
+            arguments[STREAM] = stream
+            call(*arguments)
+        return results[self._out] if self._plain else recipe.result(results)
 
     def _refuse(self, more: dict, out: torch.Tensor | None):
         """Say which tensors there must be besides q, k and v."""
@@ -92,18 +100,8 @@ class Plan:
         wanted, found = ", ".join(wanted) or "none", ", ".join(found) or "none"
         raise ValueError(f"plan: its tensors besides q, k and v are {wanted}; this call has {found}")
 
-    def _settled(self, last: tuple[list, list, list], others: dict[int, torch.Tensor]) -> list:
-        """The launches on that call's tensors but for these, which take their places; this is the last call now."""
-        before, addresses, launches = last
-        before, addresses = before.copy(), addresses.copy()
-        for i, x in others.items():
-            before[i], addresses[i] = self._checked(i, x)
-        launches = [launch.settled(others) for launch in launches]
-        self._last = before, addresses, launches
-        return launches
-
-    def _checked(self, i: int, x: torch.Tensor) -> tuple[weakref.ref, int]:
-        """A reference to a call's tensor i, -1 for out, and its address, if it is of the right kind."""
+    def _meet(self, i: int, x: torch.Tensor) -> tuple[weakref.ref, int, list]:
+        """What is remembered of a call's tensor i, if it is of the right kind."""
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{self._names[i]}: must be a torch.Tensor, it is {type(x).__name__}")
         if x.requires_grad and torch.is_grad_enabled():
@@ -114,7 +112,12 @@ class Plan:
             name, is_, was = next(each for each in zip(names, found, kind, strict=True) if each[1] != each[2])
             is_, was = (list(value) if isinstance(value, tuple) else value for value in (is_, was))
             raise ValueError(f"{self._names[i]}: this plan is for {name} {was}, not {is_}; make another plan")
-        return weakref.ref(x), x.data_ptr()
+        met = self._met[i]
+        if len(met) >= MOST:  # their tensors have long gone
+            met.clear()
+        source = i if i < len(self._names) - 1 else self._out
+        met[id(x)] = found = weakref.ref(x), x.data_ptr(), [(*place, f(x)) for *place, f in self._places[source]]
+        return found
 
 
 def _kind(x: torch.Tensor) -> tuple:

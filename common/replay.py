@@ -12,7 +12,7 @@ import functools
 import marshal
 import threading
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -268,7 +268,7 @@ class Recipe:
         values = [*args, *options.values()]
         if any(isinstance(x, TensorDescriptor) for x in values):
             raise NoRecipe("describes tensors for TMA")
-        # references, since settled launches keep no tensor
+        # references, since plans keep arguments and no tensor
         arguments, places, dtypes = [*(*grid, 1, 1)[:3], None, *values], [], {}
         for i, x in enumerate(arguments):
             if isinstance(x, torch.Tensor) and (source := self._source(x)) is not None:
@@ -305,33 +305,20 @@ class Recipe:
 
 class Launch:
     """call(x, y, z, stream, ...), but for the tensors: places are (position, number of the tensor, function that makes
-    the argument of it). `run` fills in the places that are open, all or some; the others are settled before.
+    the argument of it).
     """
 
-    __slots__ = ("arguments", "call", "open", "places")
+    __slots__ = ("arguments", "call", "places")
 
-    def __init__(self, call: Callable, arguments: list, places: list, still_open: list | None = None):
+    def __init__(self, call: Callable, arguments: list, places: list):
         self.call, self.arguments, self.places = call, arguments, places
-        self.open = places if still_open is None else still_open
 
-    def run(self, tensors: list | dict, stream: int | None):
+    def run(self, tensors: list, stream: int | None):
         arguments = self.arguments.copy()  # another thread may be here too
         arguments[STREAM] = stream
-        for i, source, argument in self.open:
+        for i, source, argument in self.places:
             arguments[i] = argument(tensors[source])
         self.call(*arguments)
-
-    def only(self, sources: Collection[int]) -> "Launch":
-        """The like, of which just these tensors are open."""
-        return Launch(self.call, self.arguments, self.places, [place for place in self.places if place[1] in sources])
-
-    def settled(self, tensors: dict[int, torch.Tensor]) -> "Launch":
-        """The like with these tensors in it, of which it keeps none."""
-        arguments = self.arguments.copy()
-        for i, source, argument in self.places:
-            if source in tensors:
-                arguments[i] = argument(tensors[source])
-        return Launch(self.call, arguments, self.places, self.open)
 
 
 class _Maps:

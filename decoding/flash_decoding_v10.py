@@ -49,7 +49,7 @@ from common.tickets import tickets
 @gluon.jit
 def producer(
     k_desc, v_desc, caches, k_ring, v_ring, work, batch, items, row_blocks, keys, pages, fresh_keys,
-    BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     start, end, total, off_b, base = work
     table, stride_table, num_pages = pages
@@ -73,6 +73,13 @@ def producer(
             elif start_n + BLOCK_N > len_k - fresh_keys:  # v10: all other keys are as they stay
                 wait_for_kernel_before()
             if table is None:
+                if AHEAD > 0:
+                    if i == STAGES:  # v10: the ring is full, and nobody reads it before the kernel ahead has ended
+                        K, V, stride_k, stride_v = caches
+                        for more in range(j, gl.minimum(j + AHEAD, stop)):
+                            more_n = (lo + more - begin) * BLOCK_N
+                            bring_to_l2(K, stride_k, b, item // row_blocks, more_n, keys[0], BLOCK_N, HEAD_DIM)
+                            bring_to_l2(V, stride_v, b, item // row_blocks, more_n, keys[0], BLOCK_N, HEAD_DIM)
                 fill(k_ring, k_desc, [b, item // row_blocks, start_n, 0], i, STAGES)
                 fill(v_ring, v_desc, [b, item // row_blocks, start_n, 0], i, STAGES)
             else:
@@ -198,7 +205,7 @@ def split_kernel(
     batch, heads_q, heads_kv, seqlen_q, seqlen_k, row_blocks, scale_log2, window_left, num_pages,
     fresh_keys,  # at each sequence's end, which the kernel before may write; None: all keys, lengths and pages too
     HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, BATCH: gl.constexpr, PAGE_SIZE: gl.constexpr,
+    STAGES: gl.constexpr, AHEAD: gl.constexpr, BATCH: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
     k_ring = allocate_blocks(k_desc, BLOCK_N, WIDTH, STAGES)
     v_ring = allocate_blocks(v_desc, BLOCK_N, WIDTH, STAGES)
@@ -214,7 +221,7 @@ def split_kernel(
         (consumer, (args, k_ring, v_ring, work, batch, items, row_blocks, keys, pages, PAGE_SIZE, HEAD_DIM, N, ROWS,
                     STAGES)),
         (producer, (k_desc, v_desc, (K, V, stride_k, stride_v), k_ring, v_ring, work, batch, items, row_blocks, keys,
-                    pages, fresh_keys, BLOCK_N, PAGE_SIZE, HEAD_DIM, STAGES)),
+                    pages, fresh_keys, BLOCK_N, PAGE_SIZE, HEAD_DIM, STAGES, AHEAD)),
     ], [1], [56])  # fmt: skip
 
 
@@ -222,14 +229,31 @@ def tiles_for(problem: AttentionProblem) -> Tiles:
     """Blocks of 128 keys where registers allow, two slots for K's and two for V's.
 
     v10: three where a piece is short, so that more of it comes under the kernel ahead: 2 % less at 34 MB, 1.4 at 134
-    (D = 128), and 0.5 % more at 268 MB.
+    (D = 128), and 0.5 % more at 268 MB. Where more comes to the L2, slots of 32 KB for K and V: three, two from 537 MB.
     """
     rows, width = rows_of_a_tile(problem), max(64, block_d(problem))
     block_n = 128 if rows <= 16 and width <= 128 else 64
     blocks = blocks_of_a_piece(problem, problem.heads_kv, cdiv(problem.group * problem.seqlen_q, rows), block_n)
     slots = 3 if problem.fresh_keys is not None and blocks * block_n <= 20 * 128 else 2
-    stages = slots * (128 // block_n if width <= 128 else 1)
-    return tuned_tiles("decoding v10", problem) or Tiles(rows, block_n, 4, stages)
+    found = Tiles(rows, block_n, 4, slots * (128 // block_n if width <= 128 else 1))
+    if blocks_ahead(problem):
+        block_n = 8192 // width
+        found = Tiles(rows, block_n, 4, 3 if blocks_of_a_piece(problem, problem.heads_kv, 1, block_n) <= 96 else 2)
+    return tuned_tiles("decoding v10", problem) or found
+
+
+def blocks_ahead(problem: AttentionProblem) -> int:
+    """AHEAD: how many blocks come to the L2 when the ring is full.
+
+    Where a program has more than 20 blocks and programs share heads, whose parts the kernel ahead takes long to merge:
+    0.6 and 1.1 % less at 268 MB (D = 128 and 64), 0.8 at 537. 3 % more where it has few, 1 where it has whole heads.
+    """
+    p = problem
+    if p.fresh_keys is None or not (p.block_table is p.seqlens_k is p.starts is p.window_left is None):
+        return 0
+    few_rows = p.group * p.seqlen_q <= 8 and block_d(p) <= 128
+    shared = p.batch * p.heads_kv % pieces_for(p) != 0
+    return 2 if few_rows and shared and blocks_of_a_piece(p, p.heads_kv, 1, 128) > 20 else 0
 
 
 def rows_of_a_tile(problem: AttentionProblem) -> int:
@@ -270,8 +294,8 @@ def call_flash_decoding_v10(
         p.block_table, p.q.stride(), p.k.stride(), p.v.stride(), p.out.stride(), table_stride, p.batch, p.heads_q,
         p.heads_kv, p.seqlen_q, p.seqlen_k, row_blocks, p.scale * LOG2_E.value, p.window_left, p.k.shape[0],
         p.fresh_keys,
-        HEAD_DIM=p.head_dim, WIDTH=width, N=n, ROWS=held, BLOCK_N=block_n, STAGES=stages, PAGE_SIZE=p.page_size,
-        BATCH=lengths_for(p), num_warps=num_warps, launch_pdl=True,
+        HEAD_DIM=p.head_dim, WIDTH=width, N=n, ROWS=held, BLOCK_N=block_n, STAGES=stages,
+        AHEAD=blocks_ahead(p), BATCH=lengths_for(p), PAGE_SIZE=p.page_size, num_warps=num_warps, launch_pdl=True,
     )  # fmt: skip
     return problem.result()
 

@@ -1027,12 +1027,12 @@ class Emulator:
     """Loads version files and runs their kernels.
 
     seed: of the schedule. edit(path, source) -> source: to change what is loaded, for tests of the tests.
-    launches: (kernel name, grid) of everything that ran.
+    launches: (kernel name, grid) of everything that ran. prefetched: (program, tensor, elements), what came to the L2.
     """
 
     def __init__(self, seed: int = 0, edit=lambda path, source: source, older: dict[int, torch.Tensor] | None = None):
         self.seed, self.edit, self.older = seed, edit, older or {}
-        self.launches, self.program, self._loaded = [], None, {}
+        self.launches, self.prefetched, self.program, self._loaded = [], [], None, {}
         gl = _language()
         gl.program_id = lambda axis: Int(self.program.index[axis])
         gl.num_programs = lambda axis: Int(self.program.grid[axis])
@@ -1084,7 +1084,8 @@ class Emulator:
         if asm.startswith("griddepcontrol.wait;"):
             self.program.running.alone = True
         elif asm.startswith("prefetch.global.L2 "):
-            args[1][0].elements(None)  # addresses of the tensor's, and nothing is read
+            rows, _ = args[1][0].elements(None)  # addresses of the tensor's, and nothing is read
+            self.prefetched.append((self.program.index[0], args[1][0].base, rows))
         elif not asm.startswith("griddepcontrol.launch_dependents;"):
             return _inline_asm(asm, *args, **kwargs)
 

@@ -224,6 +224,31 @@ def test_a_page_that_is_missing(version, entry):
         assert torch.allclose(out[[0, 2]].double(), wanted[[0, 2]], atol=5e-3, rtol=2e-3)
 
 
+def test_the_next_blocks_come_to_the_l2_when_the_ring_is_full():
+    """v10, where it is told of fresh keys and programs share heads: the two blocks after those of the ring, once."""
+    [version] = (version for version in VERSIONS if version.name == "v10")
+    heads, keys, width, programs, block_n, stages = 3, 7200, 64, 8, 128, 3
+    q, k, v = (torch.randn(1, n, heads, width, dtype=torch.float16).transpose(1, 2) for n in (1, keys, keys))
+    emulator = Emulator(older={x.data_ptr(): as_it_was(x, [keys], 1, None) for x in (k, v)})
+    gpu = dataclasses.replace(KNOWN["sm_90"], sm_count=programs)
+    with (
+        mock.patch("common.problem.interpreting", lambda: True), mock.patch.object(tickets, "_of_stream", {}),
+        pretend(gpu),
+    ):  # fmt: skip
+        out = emulator.load(version.path).VERSION.call(q, k, v, fresh_keys=1)
+    assert torch.allclose(out.double(), attention_oracle(q, k, v), atol=5e-3, rtol=2e-3)
+    blocks, wanted, found = -(-keys // block_n), set(), []
+    each, more = divmod(heads * blocks, programs)
+    for program in range(programs):
+        start, end = (each * p + min(p, more) for p in (program, program + 1))
+        for block in range(start + stages, min(start + stages + 2, end, start // blocks * blocks + blocks)):
+            rows = range(block % blocks * block_n, min(block % blocks * block_n + block_n, keys))
+            wanted |= {(program, x.data_ptr(), block // blocks, row) for x in (k, v) for row in rows}
+    for program, x, elements in emulator.prefetched:
+        found += [(program, x.data_ptr(), i // width % heads, i // width // heads) for i in elements.tolist()]
+    assert set(found) == wanted
+
+
 # ---- kernels with a piece missing
 
 PIECES, PARTS, PAGES = (
