@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help bench bench-prefill bench-decoding test test-tritons lint readme page record memcheck host-cost gpu-info clean
+.PHONY: help bench bench-prefill bench-decoding test test-tritons lint readme page record memcheck racecheck host-cost gpu-info clean
 
 PRESET ?= quick
 ARGS ?=
@@ -71,6 +71,9 @@ test-tritons:  ## the tests under each Triton of TRITONS, in .venvs/
 memcheck: $(call built,$(TEST_PY))  ## on a GPU: compute-sanitizer over the odd shapes, every version
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
 	  $(TEST_PY) -m pytest -q tests/test_contract_prefill.py tests/test_contract_decoding.py -k test_shapes $(ARGS)
+
+racecheck: $(call built,$(TEST_PY))  ## on a GPU: compute-sanitizer's racecheck over decoding's newest versions
+	$(TEST_PY) -m bench.racecheck $(ARGS)
 
 host-cost: $(call built,$(PY))  ## on a GPU: microseconds of Python before a kernel starts, every version
 	$(PY) -m bench.host_cost

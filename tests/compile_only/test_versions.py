@@ -452,6 +452,20 @@ def test_sums_are_read_before_arguments_lie_there(name, page, dtype, head_dim, r
     assert handed_over
 
 
+@pytest.mark.parametrize("name", ["v9", "v11"])
+def test_a_group_of_warps_hands_over_as_one(name):
+    """One thread says for its group that all is stored, or read: after a barrier of the group, common/two_groups.py."""
+    order = ""
+    for i in compiled_step(name, *PAIRS[5])[0].code.instructions:
+        here = any(place.file.endswith("two_groups.py") for place in i.places)
+        if i.opcode.startswith(("STS", "LDS")) and here:
+            order += i.opcode[0]
+        elif i.opcode.startswith(("BAR.SYNC", "SYNCS.ARRIVE")):
+            order += "ba"["ARRIVE" in i.opcode]
+    assert re.search("S[Sb]*ba", order) and re.search("L[Lb]*ba", order)
+    assert not re.search("[SL]a", order)
+
+
 def test_v7_is_launched_when_the_kernel_before_has_ended():
     """What v8 changes is there in v8 alone."""
     kernel, _, early = compiled_step("v7", 16, "fp16", 128, "4-rows", "all")
