@@ -3,7 +3,8 @@
 Idea: in a step of generation the kernel ahead writes the newest key of each sequence, and no other. A caller who says
   so (fresh_keys=1) lets the loader take all blocks but those at once, under the end of that kernel.
 Changed: griddepcontrol.wait stands before the blocks with fresh keys, and no longer before the first; queries, scratch
-  memory and the output wait as before. Without fresh_keys it is v8.
+  memory and the output wait as before. Where the ring is full before that, the next blocks come to the L2. Without
+  fresh_keys it is v8.
 Expect: memory has work while the step before merges its parts: 11.3 to 10.6 us at 34 MB, 63.6 to 62.6 at 268 MB; more
   where lengths are given, by which v8 divides its work after the wait.
 Limits: v8's.
@@ -246,7 +247,8 @@ def blocks_ahead(problem: AttentionProblem) -> int:
     """AHEAD: how many blocks come to the L2 when the ring is full.
 
     Where a program has more than 20 blocks and programs share heads, whose parts the kernel ahead takes long to merge:
-    0.6 and 1.1 % less at 268 MB (D = 128 and 64), 0.8 at 537. 3 % more where it has few, 1 where it has whole heads.
+    at 268 MB 0.1 to 0.8 % less in four runs (D = 128), 1.4 % less to 0.5 more (D = 64), 0.8 to 2.1 % less at 537. Where
+    a program has few blocks 3 % more, and 1 where it has whole heads.
     """
     p = problem
     if p.fresh_keys is None or not (p.block_table is p.seqlens_k is p.starts is p.window_left is None):

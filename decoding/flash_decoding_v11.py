@@ -273,8 +273,8 @@ def tiles_for(problem: AttentionProblem) -> Tiles:
     """Blocks of 16 KB of K, fewer keys where many rows take the registers; 128 KB of K and V in the ring.
 
     An even number of stages: each group of warps finds its blocks in slots of its own. v11: half of that where a piece
-    has few blocks, so that two programs fit on an SM and one loads under the end of another: 9 to 10 % less at 17 MB,
-    and 4 % more at 67 MB. More where it has many: 1 to 2 % less at 134 MB, 1 % more at 67.
+    has few blocks, 9 to 10 % less at 17 MB and 4 % more at 67. (Why is not shown: registers have room for one program
+    on an SM.) More where it has many: 1 to 2 % less at 134 MB, 1 % more at 67.
     """
     rows_of_head, width = size_of_rows(problem)
     rows = min(MOST_ROWS[width], max(8, 1 << (rows_of_head - 1).bit_length()))
