@@ -43,17 +43,19 @@ class Plan:
             for i, count in recipe.counts.items():  # not the stream's tickets
                 self._own[first + i] = torch.zeros(count, dtype=torch.int32, device=recipe.device)
         self._plain = recipe.single and recipe.results[0][1] is None  # what is returned is out itself
-        self._calls, self._arguments = [], []
-        self._places = {source: [] for source in range(first + len(made))}  # (launch, position, function of the tensor)
-        for n, launch in enumerate(recipe.launches):
-            arguments = launch.arguments.copy()
+        self._arguments, self._calls, self._streams = [], [], []  # of all launches, one after the other
+        self._places = {source: [] for source in range(first + len(made))}  # (position, function of the tensor)
+        for launch in recipe.launches:
+            start = len(self._arguments)
+            self._arguments += launch.arguments
+            self._calls.append((launch.call, slice(start, len(self._arguments))))
+            self._streams.append(start + STREAM)
             for position, source, argument in launch.places:
                 if source in self._own:
-                    arguments[position] = argument(self._own[source])
+                    self._arguments[start + position] = argument(self._own[source])
                 else:
-                    self._places[source].append((n, position, argument))
-            self._calls.append(launch.call), self._arguments.append(arguments)
-        self._met = [{} for _ in (*tensors, "out")]  # by id: reference, address, [(launch, position, argument)]
+                    self._places[source].append((start + position, argument))
+        self._met = [{} for _ in (*tensors, "out")]  # by id: reference, address, [(position, argument)]
         if recipe.device.type == "cuda":
             torch.cuda.current_stream(recipe.device).synchronize()  # zeros for whichever stream comes
 
@@ -64,32 +66,31 @@ class Plan:
                 return self(q, k, v, out=out, **more)
         if ((more or self._more) and more.keys() != self._more.keys()) or (out is None and self._make_out is None):
             self._refuse(more, out)
-        filled = [arguments.copy() for arguments in self._arguments]  # another thread may be here too
         tensors = [q, k, v]
         for name in self._more:
             tensors.append(more[name])
         if out is not None:
             tensors.append(out)
-        for i, x in enumerate(tensors):
-            found = self._met[i].get(id(x))
+        arguments, i = self._arguments.copy(), 0  # another thread may be here too
+        for met, x in zip(self._met, tensors, strict=False):
+            found = met.get(id(x))
             if found is None or found[0]() is not x or found[1] != x.data_ptr():
                 found = self._meet(i, x)
-            for n, position, argument in found[2]:
-                filled[n][position] = argument
-        results = {self._out: out}
+            for position, argument in found[2]:
+                arguments[position] = argument
+            i += 1
+        made = {i: make() for i, make in self._make_more}
         if out is None:
-            results[self._out] = self._make_out()
-        for i, make in self._make_more:
-            results[i] = make()
-        for i, x in results.items():
-            if i != self._out or out is None:
-                for n, position, argument in self._places[i]:
-                    filled[n][position] = argument(x)
+            out = made[self._out] = self._make_out()
+        for i, x in made.items():
+            for position, argument in self._places[i]:
+                arguments[position] = argument(x)
         stream = recipe.stream_of(recipe.index)
-        for call, arguments in zip(self._calls, filled, strict=True):
-            arguments[STREAM] = stream
-            call(*arguments)
-        return results[self._out] if self._plain else recipe.result(results)
+        for position in self._streams:
+            arguments[position] = stream
+        for call, own in self._calls:
+            call(*arguments[own])
+        return out if self._plain else recipe.result(made | {self._out: out})
 
     def _refuse(self, more: dict, out: torch.Tensor | None):
         """Say which tensors there must be besides q, k and v."""
@@ -116,7 +117,7 @@ class Plan:
         if len(met) >= MOST:  # their tensors have long gone
             met.clear()
         source = i if i < len(self._names) - 1 else self._out
-        met[id(x)] = found = weakref.ref(x), x.data_ptr(), [(*place, f(x)) for *place, f in self._places[source]]
+        met[id(x)] = found = weakref.ref(x), x.data_ptr(), [(position, f(x)) for position, f in self._places[source]]
         return found
 
 
