@@ -80,7 +80,7 @@ GROUPS = {
 }
 
 
-@every_dtype
+@all_versions_and_dtypes("decoding", "fp16")
 @table("heads_q, heads_kv, seqlen_q", GROUPS)
 def test_groups(version, dtype, heads_q, heads_kv, seqlen_q, device):
     """Rows of one tile, or of several, that are mixed up; rows that fill a tile up and are none; lengths 0, 1, < Sq."""
@@ -90,7 +90,7 @@ def test_groups(version, dtype, heads_q, heads_kv, seqlen_q, device):
     check(version, case, dtype, device, tiles=small_tiles(version), num_splits=splits_for(version, 3))
 
 
-@every_dtype
+@all_versions_and_dtypes("decoding", "fp32", "fp16")
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @table("heads_q, heads_kv, seqlen_q", {name: GROUPS[name] for name in ("3", "8-x-5-queries")})
 def test_groups_in_own_tiles(version, dtype, head_dim, heads_q, heads_kv, seqlen_q, device):

@@ -16,6 +16,8 @@ from bench.version_diff import ROOT, Request, gather, normalised
 from common.lineage import FAMILIES, versions_of
 
 PAIRS = [(family, *pair) for family in FAMILIES for pair in diff_setting.pairs_of(family)]
+TO_PARENT = [(v.family, f"v{v.parent}", v.name) for family in FAMILIES for v in versions_of(family) if v.parent]
+FARTHEST = [(family, "v1", versions_of(family)[-1].name) for family in FAMILIES]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,7 +75,7 @@ def test_every_pair(pair, records, capsys):
         assert f"No records of {family} yet" in text
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@pytest.mark.parametrize("pair", TO_PARENT + FARTHEST, ids="-".join)
 def test_both_diffs_hold_every_changed_line(pair, capsys):
     family, old, new = pair
     found = gather(Request(*pair))

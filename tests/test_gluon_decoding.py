@@ -32,6 +32,7 @@ VERSIONS = [
     for version in versions_of("decoding")
     if any(hasattr(kernel, "is_gluon") and kernel.is_gluon() for kernel in version.kernels)
 ]
+NEWEST = [next(v for v in VERSIONS[::-1] if v.half is half) for half in (True, False)]  # 16 bits, float8
 SMS = (132, 1, 8, 16)  # 128 programs, most of them with less than an item or nothing; one with all; some
 SEEDS = range(len(SMS))
 ROW_ERROR = {"fp16": 2e-3, "bf16": 1.6e-2}  # relative, of the worst row
@@ -198,8 +199,11 @@ def run(version, name: str, dtype: str, seed: int, edit=lambda path, source: sou
 @pytest.mark.parametrize("version", VERSIONS, ids=lambda version: version.name)
 @pytest.mark.parametrize("name", STEPS)
 def test_right_on_every_schedule(version, name):
-    """Pieces that are dealt twice or not at all, parts that are lost, deadlocks, races on the rings, wrong masks."""
-    for seed in SEEDS:
+    """Pieces that are dealt twice or not at all, parts that are lost, deadlocks, races on the rings, wrong masks.
+
+    Older versions, which the newest have nearly all of, take one schedule of a step, each another.
+    """
+    for seed in SEEDS if version in NEWEST else [(version.number + list(STEPS).index(name)) % len(SEEDS)]:
         run(version, name, ("fp16", "bf16")[seed % 2], seed)
 
 

@@ -78,8 +78,13 @@ def tiles_of(version, head_dim: int, seqlen: int):
 )
 @pytest.mark.parametrize("name", CASES)
 def test_right_on_every_schedule(version, name, dtype):
-    """Deadlocks, races on the rings, results read too early, wrong arithmetic at the edges."""
-    for seed in SEEDS:
+    """Deadlocks, races on the rings, results read too early, wrong arithmetic at the edges.
+
+    Older versions, which the newest have nearly all of, and second dtypes take one schedule of a case, each another.
+    """
+    newest = [next(v for v in [*VERSIONS.values()][::-1] if v.half is half) for half in (True, False)]
+    turn = version.number + list(CASES).index(name) + dtypes_of(version).index(dtype)
+    for seed in SEEDS if version in newest and dtype == dtypes_of(version)[0] else [turn % len(SEEDS)]:
         run(version, name, dtype, seed)
 
 

@@ -90,7 +90,7 @@ def test_steps_are_those_of_the_call(name, version, device):
             pytest.skip(reason)
         options["version"] = version
     plan = plan_decoding(q, k, v, **options)
-    for seed in range(1, 4):
+    for seed in (1, 2):
         q, k, v, changed = step(name, device, seed)
         check_step(plan, q, k, v, changed | ({} if version is None else {"version": version}))
 
