@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from attention_checks import Case, all_versions, as_cache, skip_unless_served, table
+from attention_checks import Case, all_versions, as_cache, skip_unless_served
 
 from common import dispatch, replay
 from common.launch import Tiles, remember_tiles
