@@ -349,7 +349,7 @@ def test_a_plan_launches_on_the_tensors_of_the_call(monkeypatch, tma, given):
         outputs.append(plan(**tensors, **out))
         assert launched(fake, old | tensors | {"out": outputs[-1]}) == EACH
         with monkeypatch.context() as patch:
-            patch.setattr(Plan, "_checked", lambda *args: pytest.fail("was checked before"))
+            patch.setattr(Plan, "_meet", lambda *args: pytest.fail("was checked before"))
             again = plan(**tensors, **out)
         assert launched(fake, old | tensors | {"out": again}) == EACH
         assert (again is outputs[-1]) == given
