@@ -72,7 +72,7 @@ memcheck: $(call built,$(TEST_PY))  ## on a GPU: compute-sanitizer over the odd 
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
 	  $(TEST_PY) -m pytest -q tests/test_contract_prefill.py tests/test_contract_decoding.py -k test_shapes $(ARGS)
 
-racecheck: $(call built,$(TEST_PY))  ## on a GPU: compute-sanitizer's racecheck over decoding's newest versions
+racecheck: $(call built,$(TEST_PY))  ## on a GPU: compute-sanitizer's racecheck over the newest versions
 	$(TEST_PY) -m bench.racecheck $(ARGS)
 
 host-cost: $(call built,$(PY))  ## on a GPU: microseconds of Python before a kernel starts, every version

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CHOSEN = "(v8 or v9 or v10 or v11) and not fp32 and (test_shapes and (D128 or D64-64) or test_values and fp16)"
-TESTS = ["tests/test_contract_decoding.py", "tests/test_contract_fp8_caches.py", "-k", CHOSEN]
+FILES = ("tests/test_contract_decoding.py", "tests/test_contract_fp8_caches.py", "tests/test_contract_prefill.py")
 ACCESS = re.compile(r"(Read|Write) access at (\w+)\+0x[0-9a-f]+ in (\S+):(\d+)")
 
 
@@ -46,12 +46,14 @@ def reports(log: str) -> list[tuple[Access, ...]]:
 
 
 def is_hand_over(access: Access) -> bool:
-    """Whether it is at a line that begins a kernel of ours, has warp_specialize, or belongs to common/two_groups.py."""
+    """Whether it is at a line that begins a kernel of ours, has warp_specialize (or an `if` of it), or belongs to
+    common/two_groups.py.
+    """
     for folder in ("prefill", "decoding"):
         path = ROOT / folder / access.file
         if path.exists():
-            line = path.read_text().splitlines()[access.line - 1]
-            return line.startswith(f"def {access.kernel}(") or "gl.warp_specialize(" in line
+            line, after = [*path.read_text().splitlines(), ""][access.line - 1 : access.line + 1]
+            return line.startswith(f"def {access.kernel}(") or "gl.warp_specialize(" in line + after
     return access.file == "two_groups.py"
 
 
@@ -71,7 +73,7 @@ def main(argv: list[str]) -> int:
     if tool is None:
         print("compute-sanitizer is not here; it comes with the CUDA toolkit")
         return 2
-    pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", *(argv or TESTS)]
+    pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", *(argv or [*FILES, "-k", CHOSEN])]
     command, lines = [tool, "--tool", "racecheck", "--print-limit", "10000", *pytest], []
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout:
