@@ -291,16 +291,40 @@ def compile_cases(cases: Iterable[Case]) -> list[list[Compiled] | CompileError]:
     return [_load(path) for path in paths]
 
 
-def _compile_here(missing: list[tuple[Case, pathlib.Path]], alone: bool = False) -> None:
-    """Put each case's result where it is looked for. alone: this process is there for one case, and may end with it."""
+def _compile_here(missing: list[tuple[Case, pathlib.Path]], forks: bool = False) -> None:
+    """Put each case's result where it is looked for. forks: this process has one thread, and can do it in a copy."""
     for case, path in missing:
-        if case.tiles and _is_gluon(case) and not alone:
+        if not (case.tiles and _is_gluon(case)):
+            _compile_to(case, path)
+        elif forks:
+            _compile_in_a_fork(case, path)
+        else:
             _compile_elsewhere([(case, path)])
-            continue
+
+
+def _compile_to(case: Case, path: pathlib.Path) -> None:
+    try:
+        _store(path, _compile(case))
+    except CompileError as error:
+        _store(path, error)
+
+
+def _compile_in_a_fork(case: Case, path: pathlib.Path) -> None:
+    child = os.fork()
+    if child == 0:
+        status = 1
         try:
-            _store(path, _compile(case))
-        except CompileError as error:
-            _store(path, error)
+            _compile_to(case, path)
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    if not path.exists():
+        _store(path, _ended(case, os.waitstatus_to_exitcode(status)))
+
+
+def _ended(case: Case, status: int) -> CompileError:
+    return CompileError(f"{case.version}, {case.label()}: the compiler ended with exit status {status}")
 
 
 def _is_gluon(case: Case) -> bool:
@@ -316,10 +340,9 @@ def _compile_elsewhere(missing: list[tuple[Case, pathlib.Path]]) -> None:
     child = subprocess.run(command, cwd=ROOT, env=env, input=work, capture_output=True, text=True)
     for case, path in missing:
         if not path.exists():
-            reason = f"the compiler ended with exit status {child.returncode}"
             if len(missing) > 1:  # which of them it was is not known, so nothing can be remembered
-                raise CompileError(f"{reason}: {child.stderr.strip()[-500:]}")
-            _store(path, CompileError(f"{case.version}, {case.label()}: {reason}"))
+                raise CompileError(f"the compiler ended with status {child.returncode}: {child.stderr.strip()[-500:]}")
+            _store(path, _ended(case, child.returncode))
 
 
 def why_not(case: Case) -> str | None:
@@ -668,7 +691,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.work:
         work = [(Case(*case), pathlib.Path(path)) for case, path in json.load(sys.stdin)]
-        _compile_here(work, alone=len(work) == 1)
+        _compile_here(work, forks=True)
         return 0
     shape = {"head_dim": args.head_dim} if args.head_dim else {}
     try:

@@ -61,7 +61,7 @@ def lengths_around(page_size):
     return (0, 1, page_size - 1, page_size, page_size + 1)
 
 
-@every_dtype
+@all_versions_and_dtypes("decoding", "fp32", "bf16")
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 def test_pages(version, dtype, page_size, device):
     """Pages anywhere, the last one not full, none at all; NaN in all others and past the lengths; entries of -1."""
@@ -337,7 +337,7 @@ def test_shards_merge_into_the_whole(version, shards, device):
     assert_close(out, q, k, v, "fp32", limit=FINEST["fp32"], lse=lse, seqlens_k=ints(lengths, device))
 
 
-@every_dtype
+@all_versions_and_dtypes("decoding", "fp32", "fp16")
 @pytest.mark.parametrize("page_size", [None, 256])
 def test_deterministic(version, dtype, page_size, device):
     """A sequence's bits do not depend on who is beside it, nor on how many keys its cache would hold."""

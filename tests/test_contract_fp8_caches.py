@@ -115,8 +115,9 @@ STEPS = {
 
 
 @fp8_versions
-@pytest.mark.parametrize("dtype, fp8_dtype", [("fp16", "e4m3"), ("bf16", "e5m2")])
-@pytest.mark.parametrize("factors", [True, False])
+@pytest.mark.parametrize(
+    "dtype, fp8_dtype, factors", [("fp16", "e4m3", True), ("fp16", "e4m3", False), ("bf16", "e5m2", True)]
+)
 @table("case, more", STEPS)
 def test_steps(version, case, more, factors, dtype, fp8_dtype, device):
     """Heads beside each other in memory or not, one query and several, with and without factors; NaN wherever no query
