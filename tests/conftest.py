@@ -4,6 +4,7 @@ The choice is made before triton is imported, because one process cannot do both
 that are not here and is left out of an interpreting run; `pytest tests/compile_only` runs it by itself.
 """
 
+import functools
 import os
 import pathlib
 
@@ -28,6 +29,31 @@ def _only_compiles(config) -> bool:
     return bool(paths) and all(path.resolve().is_relative_to(COMPILE_ONLY) for path in paths)
 
 
+def _hurry_the_interpreter():
+    """Half of an interpreted test's time goes into what Triton does over and over.
+
+    It puts the interpreter's functions into triton.language before a kernel runs, and again at each function that the
+    kernel calls; and it makes the same table of types whenever it looks one up.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, numpy_type = interpreter._patch_lang, interpreter._get_np_dtype
+    of_numbers = functools.cache(numpy_type)
+
+    @functools.cache
+    def languages(fn):
+        return [x for x in fn.__globals__.values() if x is tl or x is tl.core]
+
+    def patch_once(fn):
+        if any(tl.core.is_builtin(language.load) for language in languages(fn)):
+            return patch(fn)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_once
+    interpreter._get_np_dtype = lambda x: (numpy_type if x.scalar.is_ptr() else of_numbers)(x.scalar)
+
+
 def pytest_configure(config):
     import torch
 
@@ -37,6 +63,7 @@ def pytest_configure(config):
         from bench.interpreter import install
 
         install()
+        _hurry_the_interpreter()
         # numpy's remarks on log(0) and 0 / 0, which kernels select away afterwards, and on triton's own use of it
         for warning in ("RuntimeWarning", "DeprecationWarning"):
             config.addinivalue_line("filterwarnings", f"ignore::{warning}:triton.runtime.interpreter")
