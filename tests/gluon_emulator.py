@@ -52,6 +52,7 @@ TORCH = {
     real_gl.uint8: torch.uint8,
 }  # fmt: skip
 GLUON = {ours: theirs for theirs, ours in TORCH.items()}
+LIMIT = {bits: 2 ** (bits - 1) for bits in (8, 16, 32, 64)}  # of signed integers
 
 
 class ProtocolError(AssertionError):
@@ -73,7 +74,7 @@ class Int(int):
     """A scalar of the kernel: division truncates as in C, and what does not fit in its bits is an error."""
 
     def __new__(cls, value, bits=32):
-        if not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1):
+        if not -LIMIT[bits] <= value < LIMIT[bits]:
             raise ProtocolError(f"{value} does not fit in int{bits}")
         self = super().__new__(cls, value)
         self.bits = bits
@@ -868,9 +869,13 @@ def _atomic_add(pointer, value, mask=None, sem=None, scope=None):
 
 
 def _scan(x, axis, combine):
-    """An inclusive scan along an axis."""
-    slices = [Value(part) for part in x.data.unbind(axis)]
-    return Value(torch.stack([part.data for part in itertools.accumulate(slices, combine)], axis))
+    """An inclusive scan along an axis, in steps of 1, 2, 4, ...: `combine` is associative."""
+    data, step = x.data, 1
+    while step < data.shape[axis]:
+        before, here = (data.narrow(axis, start, data.shape[axis] - step) for start in (0, step))
+        data = torch.cat((data.narrow(axis, 0, step), combine(Value(before), Value(here)).data), axis)
+        step *= 2
+    return Value(data)
 
 
 def _inline_asm(asm, constraints, args, dtype, is_pure, pack):

@@ -33,7 +33,7 @@ VERSIONS = [
     if any(hasattr(kernel, "is_gluon") and kernel.is_gluon() for kernel in version.kernels)
 ]
 NEWEST = [next(v for v in VERSIONS[::-1] if v.half is half) for half in (True, False)]  # 16 bits, float8
-SMS = (132, 1, 8, 16)  # 128 programs, most of them with less than an item or nothing; one with all; some
+SMS = (44, 1, 8, 16)  # 40 programs, most of them with less than an item or nothing; one with all; some
 SEEDS = range(len(SMS))
 ROW_ERROR = {"fp16": 2e-3, "bf16": 1.6e-2}  # relative, of the worst row
 CACHES = {"fp16": torch.float8_e4m3fn, "bf16": torch.float8_e5m2}  # of versions for float8, by the queries' dtype
@@ -64,7 +64,7 @@ class Step:
 
 STEPS = {
     "whole-items": Step(Case(4, 8, 4, 1, 300, 64)),  # 16 items: dealt out one by one to 1, 8 and 16 programs
-    "128-items": Step(Case(8, 16, 16, 1, 60, 64)),  # as many as programs
+    "40-items": Step(Case(5, 8, 8, 1, 60, 64)),  # as many as programs
     "gqa-odd-D128": Step(Case(3, 6, 2, 1, 515, 128)),
     "mqa-D80": Step(Case(2, 5, 1, 1, 333, 80)),
     "D256": Step(Case(2, 4, 2, 1, 190, 256)),
@@ -258,9 +258,9 @@ def test_the_next_blocks_come_to_the_l2_when_the_ring_is_full():
 PIECES, PARTS, PAGES = (
     pathlib.Path(module.__file__) for module in (common.equal_pieces, common.parts, common.paged_ring)
 )
-MUTANT_RUNS = [
-    ("ragged-D128", 0), ("everything", 2), ("lengths-with-0", 1), ("gqa-odd-D128", 2),
-    ("one-sequence-many-programs", 3), ("ragged-D128", 1), ("whole-blocks", 1),
+MUTANT_RUNS = [  # the quick ones first: the first that fails is the last
+    ("whole-blocks", 1), ("starts", 1), ("lengths-with-0", 1), ("everything", 2), ("ragged-D128", 1),
+    ("one-sequence-many-programs", 3), ("gqa-odd-D128", 2), ("ragged-D128", 0),
 ]  # fmt: skip
 _NEXT = "\n        mbarrier.init(empty.index(i), count=1)"
 REWRITES = {
