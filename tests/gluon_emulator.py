@@ -76,7 +76,7 @@ class Int(int):
     def __new__(cls, value, bits=32):
         if not -LIMIT[bits] <= value < LIMIT[bits]:
             raise ProtocolError(f"{value} does not fit in int{bits}")
-        self = super().__new__(cls, value)
+        self = int.__new__(cls, value)
         self.bits = bits
         return self
 
@@ -98,15 +98,14 @@ def _quotient(a, b):
 
 
 def _remainder(a, b):
-    return a - b * _quotient(a, b)
+    return int(a) - int(b) * _quotient(a, b)
 
 
-def _int_operator(function, reflected):
+def _int_operator(function):
     def method(self, other):
         if not isinstance(other, int):
             return NotImplemented
-        pair = (int(other), int(self)) if reflected else (int(self), int(other))
-        return Int(function(*pair), max(self.bits, getattr(other, "bits", 32)))
+        return Int(function(self, other), max(self.bits, getattr(other, "bits", 32)))
 
     return method
 
@@ -175,17 +174,19 @@ def _truncated(a, b):
     return torch.div(a, b, rounding_mode="trunc")
 
 
-for _name, _on_int, _on_tensor in (
-    ("add", operator.add, operator.add), ("sub", operator.sub, operator.sub), ("mul", operator.mul, operator.mul),
-    ("floordiv", _quotient, _truncated), ("mod", _remainder, torch.fmod), ("truediv", None, operator.truediv),
-    ("and", operator.and_, operator.and_), ("or", operator.or_, operator.or_), ("xor", operator.xor, operator.xor),
-    ("lshift", operator.lshift, operator.lshift), ("rshift", operator.rshift, operator.rshift),
+for _name, _on_tensor in (
+    ("add", operator.add), ("sub", operator.sub), ("mul", operator.mul), ("floordiv", _truncated), ("mod", torch.fmod),
+    ("truediv", operator.truediv), ("and", operator.and_), ("or", operator.or_), ("xor", operator.xor),
+    ("lshift", operator.lshift), ("rshift", operator.rshift),
 ):  # fmt: skip
     for _reflected in (False, True):
         _method = f"__{'r' * _reflected}{_name}__"
         setattr(Value, _method, _tensor_operator(_on_tensor, _reflected))
-        if _on_int:
-            setattr(Int, _method, _int_operator(_on_int, _reflected))
+        if _name not in ("floordiv", "mod", "truediv"):
+            setattr(Int, _method, _int_operator(getattr(int, _method)))
+for _name, _function in (("floordiv", _quotient), ("mod", _remainder)):
+    setattr(Int, f"__{_name}__", _int_operator(_function))
+    setattr(Int, f"__r{_name}__", _int_operator(lambda a, b, function=_function: function(b, a)))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(Value, f"__{_name}__", _tensor_operator(getattr(operator, _name), False))
 
@@ -1061,7 +1062,7 @@ class Emulator:
         )  # fmt: skip
         products = {n: self._of_program(n) for n in ("fence_async_shared", "warpgroup_mma", "warpgroup_mma_wait")}
         hopper = names(mbarrier=mbarrier, tma=tma, warpgroup_mma_init=lambda value: value, **products)
-        gluon = names(jit=self._jit, language=gl, constexpr_function=lambda function: function)
+        gluon = names(jit=self._jit, language=gl, constexpr_function=functools.cache)  # by the compiler, once
         self._modules = {
             "triton.experimental": names(gluon=gluon),
             "triton.experimental.gluon": gluon,

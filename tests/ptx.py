@@ -13,6 +13,9 @@ THREADS = 32
 TO = {"f16": torch.float16, "bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
+_fullmatch = functools.cache(re.fullmatch)  # of opcodes, a few of which come again and again
+
+
 def _max(a, b):
     return np.fmax(a, b)  # a number wins over NaN
 
@@ -99,7 +102,7 @@ def run(text: str, outputs: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
                 value = np.broadcast_to(read(names[0]).any(1, keepdims=True), (len(here), THREADS))
             elif opcode == "shfl.sync.bfly.b32":
                 value = read(names[0])[:, np.arange(THREADS) ^ int(names[1])]
-            elif match := re.fullmatch(r"cvt\.rn\.(?:satfinite\.)?(\w+)x2\.f32", opcode):
+            elif match := _fullmatch(r"cvt\.rn\.(?:satfinite\.)?(\w+)x2\.f32", opcode):
                 value = _packed(read(names[1]), read(names[0]), match[1])
             elif opcode == "mov.b32" and target.startswith("{"):
                 halves = np.ascontiguousarray(read(names[0]))[..., None].view(np.int16)
@@ -110,14 +113,15 @@ def run(text: str, outputs: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
                 value = _permuted(read(names[0]), read(names[1]), int(names[2], 16))
             elif opcode == "and.b32":
                 value = read(names[0]) & np.array(int(names[1], 16), np.uint32).view(np.int32)
-            elif match := re.fullmatch(r"cvt\.rn\.f16x2\.(e\dm\d)x2", opcode):
+            elif match := _fullmatch(r"cvt\.rn\.f16x2\.(e\dm\d)x2", opcode):
                 value = _halves(read(names[0]), match[1])
             elif opcode == "mov.b32" and names[0].startswith("{"):
                 low, high = (read(name) for name in names[0].strip("{}").split(", "))
                 value = np.stack([low, high], -1).astype(np.int16).view(np.int32)[..., 0]
             else:
                 value = ARITHMETIC[opcode](*map(read, names))
-            registers[target] = np.broadcast_to(value, (len(here), THREADS))
+            whole = np.shape(value) == (len(here), THREADS)
+            registers[target] = value if whole else np.broadcast_to(value, (len(here), THREADS))
     finished.append((here, registers))
     result = []
     for i in range(outputs):
