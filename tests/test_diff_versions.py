@@ -22,10 +22,13 @@ FARTHEST = [(family, "v1", versions_of(family)[-1].name) for family in FAMILIES]
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
-    diff_setting.compile_everything()
+    with pytest.MonkeyPatch.context() as patch:
+        diff_setting.with_tiles_of(patch)
+        diff_setting.compile_everything()
+        yield
 
 
-@pytest.fixture(scope="module", params=["no records", "records"])
+@pytest.fixture(scope="module")
 def gatherers(request, tmp_path_factory):
     """{family: Gatherer}, without records and with made-up ones; each reads every kernel once."""
     folder = tmp_path_factory.mktemp("results")
@@ -52,7 +55,12 @@ def output(capsys, *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@pytest.mark.parametrize(
+    "gatherers, pair",
+    [pytest.param("records", pair, id="-".join(pair)) for pair in PAIRS]
+    + [pytest.param("no records", pair, id="-".join(("no records", *pair))) for pair in TO_PARENT + FARTHEST],
+    indirect=["gatherers"],
+)
 def test_every_pair(pair, records, capsys):
     """The four parts, in order; and the same numbers for programs."""
     family, old, new = pair
